@@ -1,0 +1,93 @@
+"""Speed of the replication audit, as ratios measured in one run on this machine.
+
+    python -m benchmarks.audit --images 10000
+
+Compares `nearest` (exact, k neighbours) with the machine's own rate for the bare matrix product of the same size, and
+with a loop in the manner of the reference implementation (broadcast difference, Python lists, a sort per query and
+chunk; METHOD.md 6.14), measured on a few queries and scaled by the number of pairs.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ret_fl.audit.distances import nearest
+
+LIST_QUERIES = 8
+LIST_CHUNK = 500
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """Best wall time of `repeats` calls: other users of the machine only ever add to it."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def product(queries: Tensor, points: Tensor, tile: int = 4096) -> None:
+    """The matrix product inside the search, in tiles so that its result stays small."""
+    for start in range(0, len(points), tile):
+        queries @ points[start : start + tile].T
+
+
+def list_loop(queries: Tensor, points: Tensor, k: int) -> list[list[float]]:
+    """The k smallest squared distances per query, kept in Python lists that are sorted after every chunk."""
+    smallest: list[list[float]] = [[] for _ in range(len(queries))]
+    for start in range(0, len(points), LIST_CHUNK):
+        chunk = points[start : start + LIST_CHUNK]
+        distances = (queries[:, None] - chunk[None]).square().sum(-1).tolist()
+        for row, new in enumerate(distances):
+            smallest[row] = sorted(smallest[row] + new)[:k]
+    return smallest
+
+
+def measure(images: int, size: int, channels: int, k: int, repeats: int) -> Table:
+    """Time the three ways on random images: uniform noise has the most crowded neighbourhoods there are."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.rand(images, channels * size * size, generator=generator)
+    generated = torch.rand(images, channels * size * size, generator=generator)
+    few = min(LIST_QUERIES, images)
+    found, _ = nearest(generated[:few], train, k)
+    by_lists = torch.tensor(list_loop(generated[:few], train, k), dtype=torch.float64)
+    if not torch.allclose(found, by_lists, rtol=1e-5):
+        raise RuntimeError("nearest and the list loop disagree: the times below would mean nothing")
+
+    gemm = seconds(lambda: product(generated, train), repeats)
+    ours = seconds(lambda: nearest(generated, train, k), repeats)
+    lists = seconds(lambda: list_loop(generated[:few], train, k), 1) * images / few
+    table = Table(
+        title=f"{images} x {images} images of {channels}x{size}x{size}, k={k}, {torch.get_num_threads()} threads"
+    )
+    for column in ("way", "seconds", "GFLOP/s", "share of product rate"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for name, spent in (("matrix product", gemm), ("nearest", ours), (f"list loop (from {few} queries)", lists)):
+        rate = 2 * images * images * channels * size * size / spent / 1e9
+        table.add_row(name, f"{spent:.2f}", f"{rate:.1f}", f"{gemm / spent:.1%}")
+    table.caption = f"nearest is {lists / ours:.0f} times as fast as the list loop"
+    return table
+
+
+def main() -> None:
+    """Read the options, measure, print the table."""
+    parser = argparse.ArgumentParser(
+        description="Speed of the replication audit against this machine's matrix product."
+    )
+    parser.add_argument("--images", type=int, default=4000, help="generated and training images each (default 4000)")
+    parser.add_argument("--size", type=int, default=32, help="height and width in pixels (default 32)")
+    parser.add_argument("--channels", type=int, default=3, help="channels (default 3)")
+    parser.add_argument("--k", type=int, default=50, help="neighbours (default 50)")
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs, the best counts (default 2)")
+    options = parser.parse_args()
+    Console().print(measure(options.images, options.size, options.channels, options.k, options.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Exact nearest neighbours in squared L2 distance, at the speed of a matrix product and within a memory bound."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Images = Tensor | np.ndarray
+
+# Candidates kept beyond k, so that rounding in the float32 product seldom forces a second, wider search.
+SPARE_CANDIDATES = 14
+# Rows gathered for the direct distances should stay in a CPU's cache: five times faster than streaming them. Smaller
+# chunks cost more thread barriers than they save, above all on a busy machine.
+CACHE_ELEMENTS = 2**20
+MAX_TILE = (2048, 8192)
+# Relative rounding of each factor of a float32 product, by torch.set_float32_matmul_precision (float32, TF32, bf16).
+FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-9}
+
+
+def pixel_rows(images: Images, name: str = "images") -> Tensor:
+    """Flatten images to one row each.
+
+    Args:
+        images: [N, C, H, W], or anything that flattens to [N, D]; float in [0, 1], or uint8 (divided by 255).
+        name: how error messages call them.
+
+    Returns:
+        float32 [N, D] (float64 if the input is), on the input's device.
+
+    Raises:
+        ValueError: no images, no pixels, a dtype that is neither float nor uint8, or values that are not finite.
+    """
+    values = torch.as_tensor(images)
+    if values.ndim < 2 or values.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty [N, C, H, W] or [N, D] array, got shape {tuple(values.shape)}")
+    if values.dtype == torch.uint8:
+        values = values.float() / 255
+    elif not values.is_floating_point():
+        raise ValueError(f"{name} must be float in [0, 1] or uint8, got {values.dtype}: convert them first")
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.float()
+    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+        bad = int((~torch.isfinite(values)).flatten(1).any(1).sum())
+        raise ValueError(f"{name} hold NaN or infinity in {bad} of {len(values)} rows: drop or clip them first")
+    return values.detach().flatten(1)
+
+
+def require_same_size(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+    """Raise ValueError unless rows of `a` and `b` ([N, D]) have the same number of pixels."""
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"{name_a} have {a.shape[1]} values each and {name_b} {b.shape[1]}: bring both to one size")
+
+
+def nearest(
+    queries: Images, points: Images, k: int, *, device: torch.device | str | None = None, memory_mb: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """The k nearest points of every query in squared L2 distance, exact, ties to the lower index.
+
+    A float32 matrix product proposes candidates; their distances are then computed directly as sum((g - x)^2), summed
+    in float64, so a copy has distance exactly 0. A query is settled only when the worst-case rounding of the product
+    cannot hide a closer point, else it is searched again with more candidates. So the answer depends neither on the
+    tile size nor on the order of the points.
+
+    Args:
+        queries: [G, ...] and
+        points: [N, ...], as in `pixel_rows`, with the same number of pixels.
+        k: neighbours per query, 1 <= k <= N.
+        device: where to compute; by default where `queries` are.
+        memory_mb: bound on the working memory beyond inputs and outputs.
+
+    Returns:
+        Squared distances float64 [G, k], ascending, and indices int64 [G, k] into `points`, both on the CPU.
+
+    Raises:
+        ValueError: images of different sizes, k outside 1..N, memory_mb < 1, or bad images (see `pixel_rows`).
+    """
+    q, p = pixel_rows(queries, "queries"), pixel_rows(points, "points")
+    require_same_size(q, p, "queries", "points")
+    if not 1 <= k <= len(p):
+        raise ValueError(f"k must lie in 1..{len(p)}, the number of points, got {k}")
+    if memory_mb < 1:
+        raise ValueError(f"memory_mb must be >= 1, got {memory_mb}")
+    dtype, place = torch.promote_types(q.dtype, p.dtype), torch.device(device) if device is not None else q.device
+    q, p = q.to(place, dtype), p.to(place, dtype)
+    elements = memory_mb * 2**20 // 8
+
+    distances = torch.empty(len(q), k, dtype=torch.float64)
+    indices = torch.empty(len(q), k, dtype=torch.int64)
+    open_rows, width = torch.arange(len(q)), min(len(p), k + SPARE_CANDIDATES)
+    while len(open_rows):
+        still_open = []
+        for rows in open_rows.split(max(1, elements // (8 * max(width, q.shape[1])))):
+            found, index, settled = _search(q[rows.to(place)], p, k, width, elements)
+            distances[rows], indices[rows] = found.cpu(), index.cpu()
+            still_open.append(rows[~settled.cpu()])
+        open_rows, width = torch.cat(still_open), min(len(p), 4 * width)
+    return distances, indices
+
+
+def _search(q: Tensor, p: Tensor, k: int, width: int, elements: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances [G, k], indices [G, k], and bool [G]: whether no point outside the candidates can belong to them."""
+    if width == len(p):
+        index = torch.arange(width, device=q.device).expand(len(q), width)
+        floor = torch.full((len(q),), math.inf, dtype=torch.float64, device=q.device)
+    else:
+        index, floor = _candidates(q, p, width, elements)
+        index = index.sort(dim=1).values
+    exact, order = _direct_distances(q, p, index, elements).sort(dim=1, stable=True)
+    return exact[:, :k], index.gather(1, order[:, :k]), floor > exact[:, k - 1]
+
+
+def _candidates(q: Tensor, p: Tensor, width: int, elements: int) -> tuple[Tensor, Tensor]:
+    """int64 [G, width]: the points with the smallest |x|^2 - 2gx; float64 [G]: a lower bound on D to all others."""
+    dim = p.shape[1]
+    tile_p = min(len(p), MAX_TILE[1], max(1, elements // (4 * dim)))
+    tile_q = min(len(q), MAX_TILE[0], max(1, elements // (4 * max(dim, tile_p))))
+    centre = p.mean(0)  # distances do not change, but smaller norms cancel less in float32
+    best = q.new_full((len(q), width), math.inf, dtype=torch.float32)
+    index = torch.zeros(len(q), width, dtype=torch.int64, device=q.device)
+    q_norm = torch.empty(len(q), dtype=torch.float64, device=q.device)
+    p_norm = torch.zeros((), dtype=torch.float64, device=q.device)
+    for start in range(0, len(p), tile_p):
+        x = (p[start : start + tile_p] - centre).float()
+        xx = x.square().sum(1)
+        p_norm = torch.maximum(p_norm, xx.max().double().sqrt())
+        for row in range(0, len(q), tile_q):
+            rows = slice(row, row + tile_q)
+            g = (q[rows] - centre).float()
+            q_norm[rows] = g.square().sum(1).double().sqrt()
+            near = torch.addmm(xx, g, x.T, alpha=-2).topk(min(width, len(x)), largest=False, sorted=False)
+            values, seen = torch.cat([best[rows], near.values], 1), torch.cat([index[rows], near.indices + start], 1)
+            best[rows], kept = values.topk(width, largest=False, sorted=False)
+            index[rows] = seen.gather(1, kept)
+    # Worst case of float32 sums of products in any order (Higham 2002, section 3.1), plus the rounding of centring.
+    factor = FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
+    error = 2.0**-24 * (dim + 8) * (q_norm + p_norm) ** 2 + 4 * factor * q_norm * p_norm
+    return index, best.max(1).values.double() + q_norm**2 - error
+
+
+def _direct_distances(q: Tensor, p: Tensor, index: Tensor, elements: int) -> Tensor:
+    """float64 [G, M]: sum((g - x)^2) for the points of `index` [G, M]."""
+    count, dim = index.shape[1], p.shape[1]
+    scratch = min(elements // 2, CACHE_ELEMENTS) if q.device.type == "cpu" else elements // 2
+    cols = min(count, max(1, scratch // dim))
+    rows = max(1, scratch // (cols * dim))
+    exact = torch.empty(index.shape, dtype=torch.float64, device=q.device)
+    for row in range(0, len(q), rows):
+        g = q[row : row + rows, None]
+        for col in range(0, count, cols):
+            picked = index[row : row + rows, col : col + cols]
+            gap = p.index_select(0, picked.flatten()).view(*picked.shape, dim).sub_(g).square_()
+            exact[row : row + rows, col : col + cols] = gap.sum(-1, dtype=torch.float64)
+    return exact

@@ -1,0 +1,121 @@
+"""Atomic checkpoints of a run, one folder a round: checkpoints/round-00012/{weights.safetensors,ledger.npz,...}.
+
+A checkpoint is written beside its place, flushed to disk and then renamed, so a folder that is there is whole. If the
+newest one cannot be read all the same, the one before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ret_fl.ledger import LedgerError, ShardLedger
+from ret_fl.protocol import State
+from ret_fl.strategy import ShardState
+
+log = logging.getLogger(__name__)
+
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError, LedgerError)
+
+
+class CheckpointError(RuntimeError):
+    """There is no checkpoint to go on from."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything the server needs to go on after `round`."""
+
+    round: int
+    run_key: str
+    fingerprint: str
+    weights: State
+    ledger: ShardLedger
+    shards: list[ShardState]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file so that readers see the old or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write into `folder` (checkpoints/), drop all but the last `keep`, and return the new checkpoint's path."""
+    final = folder / f"round-{checkpoint.round:05d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
+    checkpoint.ledger.save(temporary / "ledger.npz")
+    np.savez(
+        temporary / "banks.npz",
+        values=np.stack([s.bank_values for s in checkpoint.shards]),
+        visits=np.stack([s.bank_visits for s in checkpoint.shards]),
+        proxy_round=np.array([s.proxy_round for s in checkpoint.shards]),
+    )
+    state = {"round": checkpoint.round, "run_key": checkpoint.run_key, "fingerprint": checkpoint.fingerprint}
+    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for file in temporary.iterdir():
+        _sync(file)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(folder)
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, newest first."""
+    return sorted(folder.glob("round-*"), reverse=True)
+
+
+def load_latest(folder: Path) -> Checkpoint:
+    """The newest readable checkpoint. Raises `CheckpointError` naming what was wrong with each if none is."""
+    problems = []
+    for path in _folders(folder):
+        try:
+            return _load(path)
+        except UNREADABLE as error:
+            log.warning("checkpoint %s cannot be read (%s): trying the one before it", path.name, error)
+            problems.append(f"{path.name}: {error}")
+    raise CheckpointError(f"no checkpoint in {folder} to go on from. {'; '.join(problems)}".rstrip())
+
+
+def _load(path: Path) -> Checkpoint:
+    state: Mapping[str, str] = json.loads((path / "state.json").read_text())
+    with np.load(path / "banks.npz", allow_pickle=False) as banks:
+        shards = [
+            ShardState(values, visits, int(round))
+            for values, visits, round in zip(banks["values"], banks["visits"], banks["proxy_round"], strict=True)
+        ]
+    return Checkpoint(
+        round=int(state["round"]),
+        run_key=state["run_key"],
+        fingerprint=state["fingerprint"],
+        weights=load_file(path / "weights.safetensors"),
+        ledger=ShardLedger.load(path / "ledger.npz"),
+        shards=shards,
+    )

@@ -1,0 +1,321 @@
+"""Every knob of a run, once: names, defaults, ranges and meanings.
+
+Flower hands a run's settings over as a flat mapping with dotted, dashed keys
+(``{"agc.mem-ratio": 1.25}``). `RunConfig.from_flat` turns it into a checked model and `RunConfig.to_flat`
+turns it back; ``[tool.flwr.app.config]`` in pyproject.toml repeats the defaults because Flower refuses keys
+that are not listed there (a test keeps both equal).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Scalar = bool | int | float | str
+"""What Flower can carry as one setting."""
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range. The message names it and says what is allowed."""
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Section(BaseModel):
+    """A frozen group of settings whose outside names are dashed (`mem_ratio` is ``mem-ratio``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=_dashed, populate_by_name=True)
+
+
+class DataConfig(Section):
+    source: Literal["digits", "mnist", "glyphs", "patches", "faces", "image-folder", "hf"] = Field(
+        "digits", description="Where the images come from."
+    )
+    path: str = Field(
+        "", description="Folder of images (image-folder); hub name, save_to_disk folder or parquet files (hf)."
+    )
+    limit: int = Field(0, ge=0, description="At most this many distinct training images; 0 takes all there are.")
+    image_size: int = Field(0, ge=0, description="Side in pixels images are resized and centre-cropped to; 0 keeps.")
+    channels: Literal["auto", "grey", "rgb"] = Field("auto", description="Colour of the images the model sees.")
+    held_out: float = Field(
+        0.2, ge=0, lt=1, description="Share of the images kept from training, to measure quality and floors against."
+    )
+    reference: bool = Field(
+        True,
+        description="Keep a further real set, as large as the training set and disjoint from it, to calibrate the "
+        "copy rate. It costs half of the images: turn it off when every image must train.",
+    )
+    canaries: int = Field(0, ge=0, description="Training images repeated on purpose, to see whether they are copied.")
+    canary_repeats: int = Field(10, ge=1, description="How often each canary stands in the training set.")
+    seed: int = Field(0, ge=0, description="Seed of the split into train, held-out and reference, and of the canaries.")
+    on_corrupt: Literal["skip", "refuse"] = Field(
+        "skip", description="An unreadable image is skipped and counted, or stops the run."
+    )
+    duplicates: Literal["weight", "keep"] = Field(
+        "weight",
+        description="Exact duplicates inside one shard: 'weight' visits each 1/copies as often, 'keep' trains on all.",
+    )
+    split: str = Field("train", description="Which split of an hf dataset to read.")
+    image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
+    label_column: str = Field("label", description="Column of an hf dataset that holds the class, if it is there.")
+    cache_dir: str = Field("", description="Where decoded image sets are kept; empty: ret-fl in the user's cache.")
+
+
+class PartitionConfig(Section):
+    scheme: Literal["iid", "shuffled", "class", "dirichlet", "file"] = Field(
+        "iid",
+        description="How samples are first dealt to shards: class-balanced, shuffled, whole classes a shard, "
+        "Dirichlet over classes, or as a file says.",
+    )
+    alpha: float = Field(0.3, gt=0, description="Dirichlet concentration: small is skewed, large is even.")
+    classes_per_shard: int = Field(2, ge=1, description="Classes each shard holds under 'class'.")
+    sizes: str = Field(
+        "", description="Relative shard sizes for 'iid' and 'shuffled', as in '0.7,0.2,0.07,0.03'; empty: equal."
+    )
+    path: str = Field("", description="For 'file': a .npy or .json list with one shard number a sample.")
+
+
+class ModelConfig(Section):
+    preset: Literal["tiny", "small", "base", "ddpm-cifar", "ddpm-64"] = Field(
+        "tiny", description="Size of the diffusers UNet2DModel (ret_fl/diffusion/models.py)."
+    )
+    pixel_unshuffle: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Fold pixel blocks of this side into channels before the U-Net: 2 makes 16x16 cost what 8x8 "
+        "does. 1 never folds; 0 folds by 2 for images of 16 pixels with the tiny and small presets.",
+    )
+    class_conditional: bool = Field(False, description="Give the U-Net the class label (num_class_embeds).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the U-Net's residual blocks.")
+    init_from: str = Field(
+        "", description="Start from this diffusers folder (pipeline or UNet2DModel) instead of random weights."
+    )
+
+
+class DiffusionConfig(Section):
+    prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="What the U-Net predicts.")
+    timesteps: int = Field(1000, ge=2, description="T, the length of the noising chain.")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="First beta of the schedule.")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="Last beta of the schedule.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        "linear", description="Shape of the beta schedule."
+    )
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-3, gt=0, description="AdamW learning rate after warm-up.")
+    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, counted from fresh moments.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
+    grad_clip: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 does not clip.")
+    carry_moments: bool = Field(True, description="Keep each shard's Adam moments from round to round on its client.")
+
+
+class EmaConfig(Section):
+    decay: float = Field(0.995, ge=0, lt=1, description="Decay per step of the averaged weights, which are the result.")
+
+
+class AgcConfig(Section):
+    mode: Literal["off", "agc", "sample", "random"] = Field(
+        "agc",
+        description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
+        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
+    )
+    mem_ratio: float = Field(
+        1.25, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+    )
+    t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
+    decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
+    bins: int = Field(0, ge=0, description="Pool the timesteps of the bank in this many bins; 0: one a timestep.")
+    bias_correct: bool = Field(False, description="Undo the bank's bias towards its zero start.")
+    min_visits: int = Field(0, ge=0, description="Skip nothing at a timestep the bank has seen fewer times than this.")
+    max_rescale: float = Field(
+        0.0, ge=0, description="Upper bound of the rescaling B/kept of what is left of a batch; 0: none."
+    )
+    random_rate: float = Field(0.2, ge=0, lt=1, description="Share skipped by mode 'random', below t-max.")
+    sharpness: float = Field(
+        4.0, ge=0, description="Mode 'sample' keeps with probability exp(sharpness * (r - median r)) below the median."
+    )
+
+
+class TaaConfig(Section):
+    mode: Literal["off", "next-visit", "two-pass-band", "two-pass-all"] = Field(
+        "off",
+        description="Threshold-Aware Augmentation. 'next-visit': a sample close to being skipped is augmented when "
+        "it is next drawn; 'two-pass-band': re-drawn augmented if its ratio is below bar; 'two-pass-all': all are.",
+    )
+    kappa: float = Field(5.0, gt=0, description="Strength falls as exp(-kappa * (ratio - 1)) above the threshold.")
+    bar: float = Field(1.5, gt=1, description="two-pass-band: at this ratio to the threshold an image stays clean.")
+    momentum: float = Field(0.5, ge=0, lt=1, description="next-visit: how much of the old strength a visit keeps.")
+    magnitude: float = Field(5.0, ge=0, le=30, description="RandAugment magnitude (of 30) at full strength.")
+    ops: int = Field(2, ge=1, le=4, description="Random operations an image goes through.")
+    policy: Literal["auto", "glyph", "photo"] = Field(
+        "auto", description="Operations: 'glyph' moves shapes only, 'photo' adds flips and colour; auto: by source."
+    )
+
+
+class RedistributionConfig(Section):
+    policy: str = Field(
+        "balance+quarantine",
+        description="What the server does with reported sample IDs; several joined by '+': balance (high-loss IDs "
+        "from the worst-fitted shard to the best), quarantine (memorized IDs are visited less), memorized (MSR, the "
+        "paper's ring swap), high-loss, random, none.",
+    )
+    fraction: float = Field(
+        0.05, gt=0, le=0.5, description="Share of a shard that moves at a time (the paper's rho is 0.25)."
+    )
+    period: int = Field(1, ge=1, description="Move at every n-th opportunity.")
+    topology: Literal["ring", "derangement"] = Field(
+        "ring", description="memorized, high-loss, random: each shard gives to the next, or to a random other one."
+    )
+    gap: float = Field(
+        0.1, ge=0, description="balance acts while the worst shard's mean log-loss exceeds the best's by more."
+    )
+
+
+class QuarantineConfig(Section):
+    share: float = Field(
+        0.0, ge=0, lt=1, description="Share of all samples quarantined (lowest log-ratios); 0: those below z."
+    )
+    z: float = Field(-2.0, lt=0, description="With share 0: robust z-score of the log-ratio below which a sample is in.")
+    probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
+    every: int = Field(1, ge=1, description="Choose anew every n rounds.")
+    min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")
+
+
+class RunConfig(Section):
+    """All settings of a run. `RunConfig()` is the default run."""
+
+    name: str = Field("ret", min_length=1, description="Goes into the name of the run's folder.")
+    out: str = Field("", description="Folder of the results; empty: runs/<time>-<name>.")
+    resume: str = Field("", description="Folder of an interrupted run to go on with.")
+    seed: int = Field(0, ge=0, description="Seed of weights, batches, noise and moves.")
+    num_server_rounds: int = Field(40, ge=1, description="R. A round is one phase of local training on every shard.")
+    shards: int = Field(4, ge=1, description="K, the number of proxies; each trains on its own shard.")
+    local_epochs: int = Field(10, ge=1, description="E, passes of a proxy over its shard in one round.")
+    batch_size: int = Field(32, ge=1, description="B, images a training step.")
+    aggregate_every: int = Field(
+        1, ge=1, description="Average the proxies every n-th round; 2 is the paper's swap between aggregations."
+    )
+    report: Literal["full", "tails"] = Field(
+        "full", description="What a client tells of its samples: all of them, or only the two tails of its losses."
+    )
+    report_tail: float = Field(0.2, gt=0, le=0.5, description="Share of a shard in each reported tail.")
+    samples: int = Field(256, ge=0, description="Images drawn from the final model; 0: none, and no copy rate.")
+    sample_steps: int = Field(50, ge=1, description="DDIM steps a drawn image takes.")
+    evaluate_every: int = Field(
+        5, ge=0, description="Measure train and held-out loss of the averaged model every n rounds; 0: never."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="How many rounds back a run can be resumed from.")
+    min_nodes: int = Field(1, ge=1, description="Clients needed to start; more shards than clients take turns.")
+    wait_seconds: float = Field(300, gt=0, description="How long to wait for min-nodes clients before giving up.")
+    round_timeout: float = Field(3600, gt=0, description="Seconds a round may take before missing shards are given up.")
+    quorum: float = Field(0.5, gt=0, le=1, description="Share of the shards whose reply must be sound, or the run stops.")
+    device: str = Field("auto", description="Device of the proxies: auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where a GPU has it.")
+    compile: bool = Field(False, description="torch.compile the U-Net: about a minute once, then faster steps.")
+    threads: int = Field(0, ge=0, description="CPU threads of a proxy; 0 leaves what the engine set.")
+    state_dir: str = Field(
+        "", description="Where a client keeps its proxy between rounds; empty: ret-fl in the user's cache."
+    )
+
+    data: DataConfig = DataConfig.model_construct()
+    partition: PartitionConfig = PartitionConfig.model_construct()
+    model: ModelConfig = ModelConfig.model_construct()
+    diffusion: DiffusionConfig = DiffusionConfig.model_construct()
+    optimizer: OptimizerConfig = OptimizerConfig.model_construct()
+    ema: EmaConfig = EmaConfig.model_construct()
+    agc: AgcConfig = AgcConfig.model_construct()
+    taa: TaaConfig = TaaConfig.model_construct()
+    redistribution: RedistributionConfig = RedistributionConfig.model_construct()
+    quarantine: QuarantineConfig = QuarantineConfig.model_construct()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.agc.t_max > self.diffusion.timesteps:
+            raise ValueError(
+                f"agc.t-max ({self.agc.t_max}) must not exceed diffusion.timesteps ({self.diffusion.timesteps})"
+            )
+        if self.diffusion.beta_end < self.diffusion.beta_start:
+            raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
+        if self.taa.mode != "off" and self.agc.mode != "agc":
+            raise ValueError(
+                f"taa.mode={self.taa.mode} measures the distance to AGC's threshold: set agc.mode=agc "
+                f"(got {self.agc.mode})"
+            )
+        return self
+
+    @classmethod
+    def from_flat(cls, settings: Mapping[str, Scalar]) -> RunConfig:
+        """Check Flower's flat run config; raises `ConfigError` naming each bad setting."""
+        nested: dict[str, Any] = {}
+        known = {s.key for s in describe()}
+        for key, value in settings.items():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"unknown setting {key!r}{hint} (`ret-fl config` lists them all)")
+            section, _, leaf = key.rpartition(".")
+            (nested.setdefault(section, {}) if section else nested)[leaf] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """The same settings as Flower carries them."""
+        return {s.key: s.value for s in describe(self)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One knob: its dashed key, value, JSON-schema constraints in words, and meaning."""
+
+    key: str
+    value: Scalar
+    allowed: str
+    meaning: str
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {schema[k]}" for k, sign in signs.items() if k in schema]
+    return " and ".join([schema["type"], *bounds]) if bounds else schema["type"]
+
+
+def describe(config: RunConfig | None = None) -> Iterator[Setting]:
+    """Every setting of `config` (default: the default run), in the order they are declared."""
+    config = RunConfig() if config is None else config
+
+    def walk(section: Section, prefix: str) -> Iterator[Setting]:
+        properties = type(section).model_json_schema(by_alias=True)["properties"]
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            if isinstance(value, Section):
+                yield from walk(value, f"{prefix}{_dashed(name)}.")
+            else:
+                schema = properties[_dashed(name)]
+                yield Setting(prefix + _dashed(name), value, _allowed(schema), schema["description"])
+
+    return walk(config, "")
+
+
+def _explain(error: ValidationError) -> str:
+    settings = {s.key: s for s in describe()}
+    lines = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        if key in settings:
+            s = settings[key]
+            lines.append(f"{key} = {problem['input']!r} is not allowed ({s.allowed}). {s.meaning}")
+        else:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""The image-folder source: PNG, JPEG, WebP and BMP files below a folder; the top sub-folder is the class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ret_fl.config import ConfigError, DataConfig
+from ret_fl.data.decode import Encoded, decode_cached, describe_files
+from ret_fl.data.images import ImageSet
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def load_folder(config: DataConfig) -> ImageSet:
+    """All images below data.path, in the order of their paths.
+
+    Classes are the names of the top sub-folders, sorted; images beside such folders form a class of their own. Without
+    sub-folders there are no classes.
+
+    Raises:
+        ConfigError: data.path is unset, missing, or holds no images; or as `decode_cached`.
+    """
+    if not config.path:
+        raise ConfigError("data.source=image-folder needs a folder of images in data.path")
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"data.path: {root} is not a folder")
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    if not files:
+        raise ConfigError(f"data.path: no PNG, JPEG, WebP or BMP images below {root}")
+
+    def find() -> Encoded:
+        labels, num_classes = _classes([file.relative_to(root) for file in files])
+        names = [file.relative_to(root).as_posix() for file in files]
+        return Encoded(len(files), lambda i: Image.open(files[i]), names.__getitem__, labels, num_classes)
+
+    return decode_cached(["image-folder", describe_files(files, root)], find, config)
+
+
+def _classes(paths: list[Path]) -> tuple[np.ndarray | None, int]:
+    """The class of each relative path (int64 [N]) and how many there are; None and 0 if no path has a folder."""
+    tops = [path.parts[0] if len(path.parts) > 1 else "" for path in paths]
+    if not any(tops):
+        return None, 0
+    names, labels = np.unique(tops, return_inverse=True)
+    return labels.astype(np.int64), len(names)

@@ -1,0 +1,147 @@
+"""From settings to data: read a source, split it into train, held-out and reference, and plant canaries.
+
+The three sets share no image content, so that a copy of a training image is never mistaken for a fresh one: all exact
+duplicates of an image stay on one side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ret_fl.config import ConfigError, DataConfig
+from ret_fl.data.builtin import load_builtin
+from ret_fl.data.folder import load_folder
+from ret_fl.data.hf import load_hf
+from ret_fl.data.images import ImageSet, Kind
+from ret_fl.data.partition import interleave
+from ret_fl.data.store import SampleStore
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The data of a run.
+
+    train: what is dealt to the shards; the extra copies of canaries come last.
+    held_out: kept from training, to measure quality against; may be empty.
+    reference: distinct images, as many as distinct training images, to calibrate the copy rate; None if turned off.
+    canaries: int64 [n, repeats], row i holds the IDs in `train` of every copy of canary i.
+    kind: what augmentation may do to the images.
+    unreadable: names of the images that were skipped.
+    """
+
+    train: SampleStore
+    held_out: SampleStore
+    reference: SampleStore | None
+    canaries: np.ndarray
+    kind: Kind
+    unreadable: tuple[str, ...]
+
+
+@lru_cache(maxsize=4)
+def load_splits(config: DataConfig) -> DataSplits:
+    """The data `config` describes; the same config gives the same data, loaded once a process.
+
+    Raises:
+        ConfigError: the source cannot be read, or has too few images for what is asked.
+    """
+    found = _load(config)
+    store = SampleStore(found.images, found.labels, found.num_classes)
+    rng = np.random.default_rng(config.seed)
+    contents = _Contents(store, found)
+    train, reference, held_out = _divide(contents, found.outside, config, rng)
+    rows = contents.rows(train)
+    canary_rows, canaries = _canaries(contents, train, rows, config, rng)
+    return DataSplits(
+        train=store.subset(np.concatenate([rows, canary_rows])),
+        held_out=store.subset(contents.rows(held_out)),
+        reference=store.subset(contents.first[reference]) if config.reference else None,
+        canaries=canaries,
+        kind=found.kind,
+        unreadable=found.unreadable,
+    )
+
+
+def _load(config: DataConfig) -> ImageSet:
+    if config.source == "image-folder":
+        return load_folder(config)
+    if config.source == "hf":
+        return load_hf(config)
+    return load_builtin(config)
+
+
+class _Contents:
+    """The distinct images of a store: content k is first seen in row first[k] and has label labels[k]."""
+
+    def __init__(self, store: SampleStore, found: ImageSet) -> None:
+        _, self.first, inverse = np.unique(store.content_hashes, return_index=True, return_inverse=True)
+        by_content = np.argsort(inverse, kind="stable")
+        self.copies = np.bincount(inverse)
+        self._copies_of = np.split(by_content, np.cumsum(self.copies)[:-1])
+        self.labels = None if found.labels is None else found.labels[self.first]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def rows(self, contents: np.ndarray) -> np.ndarray:
+        """The rows of all copies of the given contents, copies side by side."""
+        return np.concatenate([self._copies_of[k] for k in contents] or [np.empty(0, np.int64)])
+
+
+def _divide(
+    contents: _Contents, outside: np.ndarray | None, config: DataConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Contents for train, reference and held-out. What neither train nor reference takes is held out."""
+    everything = np.arange(len(contents))
+    if outside is None:
+        inside = order = _spread(everything, contents.labels, rng)
+    else:
+        inside = _spread(everything[~outside[contents.first]], contents.labels, rng)
+        order = _spread(everything[outside[contents.first]], contents.labels, rng)
+    room = len(order) - round(config.held_out * len(contents))
+    if outside is None:
+        count = room // 2 if config.reference else room
+    else:
+        count = min(len(inside), room) if config.reference else len(inside)
+    count = min(count, config.limit) if config.limit else count
+    if count < 1:
+        raise ConfigError(
+            f"no image is left to train on: {len(contents)} distinct images, data.held-out={config.held_out}, "
+            f"data.reference={str(config.reference).lower()}. Lower data.held-out, "
+            "turn data.reference off, or add images"
+        )
+    rest = order[count:] if outside is None else order
+    references = count if config.reference else 0
+    return inside[:count], rest[:references], rest[references:]
+
+
+def _spread(contents: np.ndarray, labels: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """A random order in which every stretch holds the classes in proportion, so that cutting it stratifies."""
+    if labels is None:
+        return rng.permutation(contents)
+    classes = rng.permutation(np.unique(labels[contents]))
+    members = [rng.permutation(contents[labels[contents] == c]) for c in classes]
+    turn = interleave(np.array([len(m) for m in members], dtype=np.int64))
+    order = np.empty(len(contents), np.int64)
+    for c, ids in enumerate(members):
+        order[turn == c] = ids
+    return order
+
+
+def _canaries(
+    contents: _Contents, train: np.ndarray, rows: np.ndarray, config: DataConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the extra copies to append to the training `rows`, and all IDs of each canary, int64 [n, repeats]."""
+    single = train[contents.copies[train] == 1]  # an image with copies of its own would stand more often than asked
+    if config.canaries > len(single):
+        raise ConfigError(
+            f"data.canaries={config.canaries} exceeds the {len(single)} training images that have no duplicate: "
+            "lower data.canaries or raise data.limit"
+        )
+    chosen = contents.first[rng.choice(single, config.canaries, replace=False)]
+    originals = np.array([np.flatnonzero(rows == row)[0] for row in chosen], dtype=np.int64)
+    extra = config.canary_repeats - 1
+    appended = len(rows) + np.arange(config.canaries * extra, dtype=np.int64).reshape(config.canaries, extra)
+    return np.repeat(chosen, extra), np.concatenate([originals[:, None], appended], axis=1)

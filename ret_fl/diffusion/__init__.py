@@ -1,0 +1,1 @@
+"""The diffusion model itself, from diffusers' parts: models, the training objective, sampling."""

@@ -1,0 +1,88 @@
+"""Drawing images from a trained U-Net: DDIM (Song et al. 2021), noise fixed per image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+FOLD_FILE = "pixel_unshuffle.json"
+
+
+def start_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Starting noise of images first..first+count-1: float32 [count, *shape].
+
+    Image i has its own generator, so it is the same image in every batch size, on every device and for every
+    model: what differs between two models' samples is the models.
+    """
+    generator = torch.Generator()
+    return torch.stack(
+        [
+            torch.randn(shape, generator=generator.manual_seed((seed << 32) + i))
+            for i in range(first, first + count)
+        ]
+    )
+
+
+@torch.no_grad()
+def draw_images(
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    count: int,
+    *,
+    seed: int = 0,
+    steps: int = 50,
+    fold: int = 1,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`count` images: float32 [count, C, H, W] in [0, 1], on the CPU.
+
+    A class-conditional U-Net gets labels 0, 1, 2, ... in turn. `on_progress` is told how many images are done.
+    """
+    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
+    steps = min(steps, scheduler.config.num_train_timesteps - 1)
+    unet = unet.to(device).eval()
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    classes = unet.config.num_class_embeds
+    done: list[Tensor] = []
+    for first in range(0, count, batch_size):
+        size = min(batch_size, count - first)
+        x = start_noise(seed, first, size, shape).to(device)
+        labels = torch.arange(first, first + size, device=device) % classes if classes else None
+        ddim.set_timesteps(steps, device=device)
+        for t in ddim.timesteps:
+            predicted = unet(x, t, class_labels=labels, return_dict=False)[0]
+            x = ddim.step(predicted, t, x, eta=0.0).prev_sample
+        images = F.pixel_shuffle(x, fold) if fold > 1 else x
+        done.append(((images.float() + 1) / 2).clamp(0, 1).cpu())
+        if on_progress:
+            on_progress(first + size)
+    return torch.cat(done) if done else torch.empty(0, shape[0] // fold**2, shape[1] * fold, shape[2] * fold)
+
+
+def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler, fold: int) -> None:
+    """Save as a folder that diffusers' `DDPMPipeline.from_pretrained` opens without ret-fl.
+
+    A folded model makes folded images; `FOLD_FILE` tells by how much (torch.nn.functional.pixel_shuffle undoes it).
+    """
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+    if fold > 1:
+        (folder / FOLD_FILE).write_text(json.dumps({"pixel_unshuffle": fold}) + "\n")
+
+
+def load_pipeline(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
+    """U-Net, scheduler and fold factor of a folder written by `save_pipeline`, or of any DDPM/DDIM pipeline."""
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    unet = UNet2DModel.from_pretrained(folder / "unet")
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    note = folder / FOLD_FILE
+    fold = json.loads(note.read_text())["pixel_unshuffle"] if note.is_file() else 1
+    return unet, scheduler, fold

@@ -1,0 +1,1 @@
+"""What keeps a proxy from memorizing: AGC (which losses give gradient) and TAA (which images are augmented)."""

@@ -1,0 +1,116 @@
+"""Anti-Gradient Control: a sample whose loss is abnormally low for its timestep gives no gradient.
+
+IET-AGC (Guan et al. 2024, arXiv 2407.15328) and its successor RET (arXiv 2502.09434). Despite the name nothing
+ascends: low-loss samples are left out of the batch mean. For a batch of losses l at timesteps t,
+
+    keep = mem_ratio * l >= bank[t]          bank read before the batch updates it
+    L    = sum(l * keep) / sum(keep)
+    bank[t] <- decay * bank[t] + (1 - decay) * l       every sample, kept or skipped, in batch order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ret_fl.config import AgcConfig
+
+Gate = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(loss float [B], t int64 [B], position in the shard int64 [B]) -> keep bool [B]."""
+
+
+class LossBank:
+    """Exponential moving average of the loss at each timestep.
+
+    values: float32 [bins]; visits: int64 [bins], how many losses each cell has seen. `bins` = 0 gives every
+    timestep its own cell, as the paper does; fewer cells pool neighbouring timesteps. With `bias_correct` a cell's
+    value is divided by 1 - decay^visits, which undoes the pull of the zero start.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        decay: float = 0.8,
+        *,
+        bins: int = 0,
+        bias_correct: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1 (got {num_timesteps})")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1) (got {decay})")
+        if not 0 <= bins <= num_timesteps:
+            raise ValueError(f"agc.bins must be between 0 and the {num_timesteps} timesteps (got {bins})")
+        self.num_timesteps = num_timesteps
+        self.decay = decay
+        self.bias_correct = bias_correct
+        self.values = torch.zeros(bins or num_timesteps, device=device)
+        self.visits = torch.zeros(bins or num_timesteps, dtype=torch.int64, device=device)
+
+    def cell(self, t: Tensor) -> Tensor:
+        """The cell of each timestep: int64 [B]."""
+        return t * len(self.values) // self.num_timesteps
+
+    def value(self, t: Tensor) -> Tensor:
+        """The usual loss at timesteps t (int64 [B], in [0, T)): float32 [B]; 0 where nothing was seen."""
+        cell = self.cell(t)
+        value = self.values[cell]
+        if self.bias_correct:
+            value = value / (1 - self.decay ** self.visits[cell].clamp(min=1))
+        return value
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Take in losses (float [B]) seen at t (int64 [B]), as if one after the other in batch order.
+
+        Exact and without a loop: a loss followed by r later ones of the same cell enters with (1 - decay) decay^r,
+        and a cell hit m times keeps decay^m of its old value.
+        """
+        cell = self.cell(t)
+        later = (cell[:, None] == cell[None, :]).triu(1).sum(dim=1)
+        hits = torch.zeros_like(self.visits).index_add_(0, cell, torch.ones_like(cell))
+        self.values.mul_(self.decay**hits)
+        self.values.index_add_(0, cell, (1 - self.decay) * self.decay**later * loss.detach().to(self.values.dtype))
+        self.visits.add_(hits)
+
+
+def keep_mask(loss: Tensor, bank_value: Tensor, mem_ratio: float) -> Tensor:
+    """True where a sample trains: mem_ratio * loss >= bank_value. All of shape [B]."""
+    return mem_ratio * loss >= bank_value
+
+
+def gated_mean(loss: Tensor, keep: Tensor, max_rescale: float = 0.0) -> Tensor:
+    """Mean of the kept losses (scalar); 0 if none is kept.
+
+    With `max_rescale` = c the few losses left of a batch of B weigh at most c/B each, instead of 1/kept.
+    """
+    least = max(len(loss) / max_rescale, 1.0) if max_rescale > 0 else 1.0
+    return (loss * keep).sum() / keep.sum().clamp(min=least)
+
+
+def make_gate(config: AgcConfig, bank: LossBank, log_ratio: Tensor) -> Gate:
+    """The gate that `agc.mode` names.
+
+    log_ratio: float32 [n], each sample's mean log-ratio over the rounds so far (NaN: unknown), for mode 'sample'.
+    """
+
+    def off(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
+        return torch.ones_like(loss, dtype=torch.bool)
+
+    def agc(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
+        free = (t >= config.t_max) | (bank.visits[bank.cell(t)] < config.min_visits)
+        return keep_mask(loss, bank.value(t), config.mem_ratio) | free
+
+    known = log_ratio[~log_ratio.isnan()]
+    median = known.median() if len(known) else log_ratio.new_tensor(0.0)
+    keep_probability = torch.exp(config.sharpness * (log_ratio - median).clamp(max=0)).nan_to_num(1.0)
+
+    def sample(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
+        return (torch.rand_like(loss) < keep_probability[position]) | (t >= config.t_max)
+
+    def random(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
+        return (torch.rand_like(loss) >= config.random_rate) | (t >= config.t_max)
+
+    return {"off": off, "agc": agc, "sample": sample, "random": random}[config.mode]

@@ -1,0 +1,98 @@
+"""Grids of images and curves of a run, as PNG files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+matplotlib.use("Agg", force=False)
+
+PAIRS = 16
+"""Closest samples shown beside their training image."""
+SIDE = 64
+"""Small images are enlarged to about this side, pixels kept sharp."""
+
+
+def _array(images: Tensor) -> np.ndarray:
+    """float [N, C, H, W] in [0, 1] -> uint8 [N, h, w, 3], enlarged by a whole factor."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+    factor = max(1, SIDE // pixels.shape[1])
+    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 0) -> None:
+    """A grid of images: float [N, C, H, W] in [0, 1]; near-square unless `columns` is given."""
+    pixels = _array(images)
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    rows = math.ceil(len(pixels) / columns)
+    gap, (height, width) = 2, pixels.shape[1:3]
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for i, tile in enumerate(pixels):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+    Image.fromarray(sheet).save(path)
+
+
+def save_pairs(generated: Tensor, originals: Tensor, ratio: Tensor, path: Path) -> None:
+    """Generated images above their nearest training image, with the ratio under each pair: [n, C, H, W], [n]."""
+    count = len(generated)
+    columns = min(8, count)
+    blocks = math.ceil(count / columns)
+    figure = Figure(figsize=(1.1 * columns, 2.5 * blocks), layout="constrained")
+    grid = figure.subplots(2 * blocks, columns, squeeze=False)
+    upper, lower = _array(generated), _array(originals)
+    for axes in grid.flat:
+        axes.axis("off")
+    for i in range(count):
+        row, column = 2 * (i // columns), i % columns
+        grid[row][column].imshow(upper[i])
+        grid[row + 1][column].imshow(lower[i])
+        grid[row][column].set_title(f"r = {float(ratio[i]):.2f}", fontsize=8)
+    for block in range(blocks):
+        grid[2 * block][0].text(-0.12, 0.5, "generated", rotation=90, va="center", ha="right", fontsize=8,
+                                transform=grid[2 * block][0].transAxes)  # fmt: skip
+        grid[2 * block + 1][0].text(-0.12, 0.5, "training", rotation=90, va="center", ha="right", fontsize=8,
+                                    transform=grid[2 * block + 1][0].transAxes)  # fmt: skip
+    figure.savefig(path, dpi=150)
+
+
+def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss of every shard and of the averaged model, skip rate, moves and quarantine over the rounds."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, skips, moves = figure.subplots(1, 3)
+    rounds = [row["round"] for row in rows]
+    _plot_losses(loss, rows)
+    for shard in sorted({s for row in rows for s in row["shards"]}, key=int):
+        seen = [(row["round"], row["shards"][shard]["skip_rate"]) for row in rows if shard in row["shards"]]
+        skips.plot(*zip(*seen, strict=True), lw=0.8, alpha=0.7, label=f"shard {shard}")
+    skips.plot(rounds, [row["skip_rate"] for row in rows], "k", lw=1.8, label="all")
+    skips.set(title="share of draws AGC skipped", xlabel="round", ylim=(0, None))
+    moves.step(rounds, np.cumsum([row["moved"] for row in rows]), where="post", label="samples moved, in all")
+    moves.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
+    moves.set(title="redistribution", xlabel="round", ylim=(0, None))
+    for axes in (loss, skips, moves):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for shard in sorted({s for row in rows for s in row["shards"]}, key=int):
+        seen = [(row["round"], row["shards"][shard]["loss"]) for row in rows if shard in row["shards"]]
+        axes.plot(*zip(*seen, strict=True), lw=0.8, alpha=0.6, label=f"shard {shard}")
+    for key, style in (("train_loss", "k-o"), ("held_out_loss", "r--o")):
+        seen = [(row["round"], row[key]) for row in rows if key in row]
+        if seen:
+            name = f"averaged model, {key.removesuffix('_loss').replace('_', '-')}"
+            axes.plot(*zip(*seen, strict=True), style, ms=3, lw=1.4, label=name)
+    axes.set(title="denoising loss", xlabel="round", yscale="log")

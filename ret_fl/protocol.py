@@ -1,0 +1,244 @@
+"""The wire: orders to clients and their reports, as Flower records. No other file knows a record key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from ret_fl.config import RunConfig
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+State = dict[str, NDArray[np.float32]]
+"""A model's weights on the wire: 'raw.<name>' and 'ema.<name>'."""
+
+ARRAYS, METRICS, ORDER, SAMPLES, REPORT = "arrays", "metrics", "order", "samples", "report"
+NUM_EXAMPLES = "num-examples"
+
+
+class ProtocolError(ValueError):
+    """A message that is not what this version of ret-fl sends."""
+
+
+def _pack(arrays: Mapping[str, NDArray]) -> ArrayRecord:
+    return ArrayRecord({key: Array(np.ascontiguousarray(value)) for key, value in arrays.items()})
+
+
+def pack_state(state: State) -> ArrayRecord:
+    return _pack(state)
+
+
+def unpack_state(record: ArrayRecord) -> State:
+    return {key: value.numpy() for key, value in record.items()}
+
+
+def payload_bytes(record: RecordDict) -> int:
+    """Bytes of all arrays in a message: what it costs to send."""
+    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+
+
+def _get(record: RecordDict, key: str) -> ArrayRecord:
+    if key not in record.array_records:
+        raise ProtocolError(f"the message lacks its {key!r} record (it has {sorted(record)})")
+    return record.array_records[key]
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """What a client needs to train one shard for one round; it needs nothing from earlier rounds.
+
+    ids: int64 [n], samples of the shard; probability: float32 [n] in (0, 1], of visiting each in a pass;
+    strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio: float32 [n], NaN unknown;
+    bank_values: float32 [T or bins] and bank_visits: int64, the shard's loss bank.
+    proxy_round: the round whose local proxy (weights, moments) the client should go on from, 0 for none.
+    start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own.
+    upload: whether the reply carries weights.
+    """
+
+    config: RunConfig
+    run_key: str
+    fingerprint: str
+    shard: int
+    round: int
+    proxy_round: int
+    start: Literal["global", "proxy"]
+    upload: bool
+    ids: Ids
+    probability: Floats
+    strength: Floats
+    log_ratio: Floats
+    bank_values: Floats
+    bank_visits: Ids
+
+    _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits")
+    _SCALARS = ("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload")
+
+    def pack(self, weights: ArrayRecord) -> RecordDict:
+        """The order with the global weights, one ArrayRecord object shared by all orders of a round."""
+        scalars = {key: getattr(self, key) for key in self._SCALARS}
+        return RecordDict(
+            {
+                ARRAYS: weights,
+                ORDER: ConfigRecord({**scalars, "config": json.dumps(self.config.to_flat())}),
+                SAMPLES: _pack({key: getattr(self, key) for key in self._SAMPLES}),
+            }
+        )
+
+    @classmethod
+    def unpack(cls, record: RecordDict) -> tuple[TrainOrder, State]:
+        """The order and the global weights. Raises `ProtocolError` for a malformed message."""
+        if ORDER not in record.config_records:
+            raise ProtocolError(f"the message lacks its {ORDER!r} record (it has {sorted(record)})")
+        scalars = dict(record.config_records[ORDER])
+        samples = unpack_state(_get(record, SAMPLES))
+        missing = [k for k in (*cls._SCALARS, "config") if k not in scalars] + [
+            k for k in cls._SAMPLES if k not in samples
+        ]
+        if missing:
+            raise ProtocolError(f"the order lacks {', '.join(missing)}: do server and client run the same ret-fl?")
+        config = RunConfig.from_flat(json.loads(str(scalars.pop("config"))))
+        order = cls(config=config, **scalars, **samples)  # type: ignore[arg-type]
+        per_sample = (order.ids, order.probability, order.strength, order.log_ratio)
+        if not len(order.ids) or any(a.shape != order.ids.shape for a in per_sample):
+            raise ProtocolError(f"order for shard {order.shard}: empty, or columns of unequal length")
+        return order, unpack_state(_get(record, ARRAYS))
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a client tells of one round on one shard.
+
+    ids: int64 [m], all of the order's samples, or with `report = tails` only the two tails;
+    visits, skips, draws: int64 [m]; log_ratio_sum: float64 [m]; strength: float32 [m].
+    memorized: int64 [a], samples AGC skipped, most often first, with memorized_score float32 [a] (share of visits
+    skipped); high_loss: int64 [b], badly fitted samples, worst first, with high_loss_score float32 [b] (mean
+    log-ratio). bank_values, bank_visits: the shard's loss bank after the round. bin_mean: float64 [50] and
+    bin_count: int64 [50], mean log-loss by noise level; spread: of a single log-ratio.
+    images went through forward and backward in `seconds`. moments: whether Adam's were carried over.
+    start: what training really began from, 'proxy' or 'global'.
+    """
+
+    shard: int
+    round: int
+    num_examples: int
+    images: int
+    seconds: float
+    loss: float
+    skip_rate: float
+    spread: float
+    start: str
+    moments: str
+    ids: Ids
+    visits: Ids
+    skips: Ids
+    draws: Ids
+    log_ratio_sum: NDArray[np.float64]
+    strength: Floats
+    memorized: Ids
+    memorized_score: Floats
+    high_loss: Ids
+    high_loss_score: Floats
+    bank_values: Floats
+    bank_visits: Ids
+    bin_mean: NDArray[np.float64]
+    bin_count: Ids
+
+    _PER_SAMPLE = ("ids", "visits", "skips", "draws", "log_ratio_sum", "strength")
+    _ARRAYS = (
+        *_PER_SAMPLE,
+        "memorized",
+        "memorized_score",
+        "high_loss",
+        "high_loss_score",
+        "bank_values",
+        "bank_visits",
+        "bin_mean",
+        "bin_count",
+    )
+    _METRICS = ("images", "seconds", "loss", "skip_rate", "spread")
+    _SCALARS = ("shard", "round", "start", "moments")
+
+    def pack(self, weights: State | None) -> RecordDict:
+        """The report, with the proxy's weights where the order asked for them."""
+        metrics = {key.replace("_", "-"): float(getattr(self, key)) for key in self._METRICS}
+        record = RecordDict(
+            {
+                METRICS: MetricRecord({NUM_EXAMPLES: self.num_examples, **metrics}),
+                ORDER: ConfigRecord({key: getattr(self, key) for key in self._SCALARS}),
+                REPORT: _pack({key: getattr(self, key) for key in self._ARRAYS}),
+            }
+        )
+        if weights is not None:
+            record[ARRAYS] = pack_state(weights)
+        return record
+
+    @classmethod
+    def unpack(cls, record: RecordDict) -> tuple[TrainReport, ArrayRecord | None]:
+        """The report and the weights, if any. Raises `ProtocolError` for a malformed or impossible one."""
+        if ORDER not in record.config_records or METRICS not in record.metric_records:
+            raise ProtocolError(f"not a training report: it has {sorted(record)}")
+        scalars, metrics = record.config_records[ORDER], record.metric_records[METRICS]
+        arrays = unpack_state(_get(record, REPORT))
+        names = {key: key.replace("_", "-") for key in cls._METRICS}
+        missing = [k for k in cls._SCALARS if k not in scalars] + [k for k in cls._ARRAYS if k not in arrays]
+        missing += [name for name in (*names.values(), NUM_EXAMPLES) if name not in metrics]
+        if missing:
+            raise ProtocolError(f"the report lacks {', '.join(missing)}: do server and client run the same ret-fl?")
+        values = {key: float(cast(float, metrics[name])) for key, name in names.items()}
+        if not np.isfinite(list(values.values())).all():
+            raise ProtocolError(f"the report's metrics are not finite: {values}")
+        weight = cast(float, metrics[NUM_EXAMPLES])
+        if not weight > 0:
+            raise ProtocolError(f"the report counts {weight} examples")
+        if any(len(arrays[key]) != len(arrays["ids"]) for key in cls._PER_SAMPLE):
+            raise ProtocolError("the report's columns have unequal length")
+        report = cls(
+            num_examples=int(weight),
+            images=int(values.pop("images")),
+            **{k: scalars[k] for k in cls._SCALARS},  # type: ignore[arg-type]
+            **values,
+            **arrays,  # type: ignore[arg-type]
+        )
+        return report, record.array_records.get(ARRAYS)
+
+
+def base_content(weights: ArrayRecord, report: TrainReport) -> RecordDict:
+    """What the aggregating base strategy may see of a reply: one ArrayRecord and one MetricRecord."""
+    metrics = MetricRecord({NUM_EXAMPLES: report.num_examples, "loss": report.loss, "skip-rate": report.skip_rate})
+    return RecordDict({ARRAYS: weights, METRICS: metrics})
+
+
+@dataclass(frozen=True)
+class Hello:
+    """How a client introduces itself before it gets work."""
+
+    partition: int
+    device: str
+    fingerprint: str
+    samples: int
+
+    @staticmethod
+    def request(config: RunConfig) -> RecordDict:
+        return RecordDict({ORDER: ConfigRecord({"config": json.dumps(config.to_flat())})})
+
+    @staticmethod
+    def requested(record: RecordDict) -> RunConfig:
+        """The config a hello was asked under."""
+        if ORDER not in record.config_records or "config" not in record.config_records[ORDER]:
+            raise ProtocolError(f"not a hello request: it has {sorted(record)}")
+        return RunConfig.from_flat(json.loads(str(record.config_records[ORDER]["config"])))
+
+    def pack(self) -> RecordDict:
+        return RecordDict({ORDER: ConfigRecord(dict(vars(self)))})
+
+    @classmethod
+    def unpack(cls, record: RecordDict) -> Hello:
+        if ORDER not in record.config_records:
+            raise ProtocolError(f"not a hello: it has {sorted(record)}")
+        return cls(**dict(record.config_records[ORDER]))  # type: ignore[arg-type]

@@ -1,0 +1,105 @@
+"""What is kept of every round: checkpoint, row of metrics.jsonl, TensorBoard, losses of the averaged model.
+
+Flower calls `evaluate_fn(round, arrays)` once the round's weights are final, whatever strategies are wrapped around
+each other: that is the moment a round is recorded, and only then is it done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+from torch.utils.tensorboard import SummaryWriter
+
+from ret_fl.checkpoint import Checkpoint, save_checkpoint
+from ret_fl.config import RunConfig
+from ret_fl.data.sources import DataSplits
+from ret_fl.data.store import SampleStore
+from ret_fl.diffusion.models import build_unet, fold_factor
+from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.evaluation import fixed_losses
+from ret_fl.protocol import State, unpack_state
+from ret_fl.proxy import resolve_device
+from ret_fl.rundir import RunDir
+from ret_fl.strategy import RedistributeEnsemble
+
+EVALUATED = 512
+"""Images of each split whose loss is measured during training."""
+
+
+def ema_state(weights: State) -> dict[str, torch.Tensor]:
+    """The averaged weights, which are the model a run hands over."""
+    return {k.removeprefix("ema."): torch.from_numpy(v) for k, v in weights.items() if k.startswith("ema.")}
+
+
+class RunRecorder:
+    """Records rounds into a `RunDir`; give it to `Strategy.start` as evaluate_fn."""
+
+    def __init__(self, run: RunDir, config: RunConfig, strategy: RedistributeEnsemble, data: DataSplits) -> None:
+        self.run, self.config, self.strategy, self.data = run, config, strategy, data
+        self.device = resolve_device(config.device)
+        shape, classes = data.train.image_shape, data.train.num_classes
+        self.unet = build_unet(config.model, shape, classes, config.seed).to(self.device)
+        fold = fold_factor(config.model, shape)
+        self.objective = Objective(make_scheduler(config.diffusion), self.device, fold=fold)
+        self._forget_rounds_after(strategy.first_round)
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=strategy.first_round + 1)
+
+    def _forget_rounds_after(self, round: int) -> None:
+        """A resumed run does rounds again whose rows may be there already."""
+        rows = [row for row in self.run.rows() if row["round"] <= round]
+        self.run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Record the round Flower has just finished; 0 is the state before the first."""
+        weights = unpack_state(arrays)
+        if server_round == 0:
+            if self.strategy.first_round == 0:
+                self._checkpoint(0, weights)
+            return None
+        last = self.strategy.last
+        assert last is not None, "aggregate_train comes before evaluate_fn"
+        row = last.row()
+        if self._evaluates(last.round) and last.aggregated:
+            row |= self._losses(weights)
+        self._checkpoint(last.round, weights)
+        with self.run.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        for key, value in metrics.items():
+            self.board.add_scalar(key, value, last.round)
+        self.board.flush()
+        return MetricRecord({k: v for k, v in metrics.items() if math.isfinite(v)})
+
+    def _checkpoint(self, round: int, weights: State) -> None:
+        s = self.strategy
+        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards)
+        save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
+        s.ledger.save(self.run.ledger)
+
+    def _evaluates(self, round: int) -> bool:
+        every = self.config.evaluate_every
+        return bool(every) and (round % every == 0 or round == self.config.num_server_rounds)
+
+    def _losses(self, weights: State) -> dict[str, object]:
+        self.unet.load_state_dict(ema_state(weights))
+        losses: dict[str, object] = {}
+        for name, store in (("train_loss", self.data.train), ("held_out_loss", self.data.held_out)):
+            if len(store):
+                ids = _spread(store)
+                losses[name] = float(fixed_losses(self.unet, self.objective, store, ids).mean())
+        return losses
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def _spread(store: SampleStore) -> torch.Tensor:
+    """Up to EVALUATED sample IDs, evenly over the store: int64."""
+    return torch.from_numpy(np.linspace(0, len(store) - 1, min(EVALUATED, len(store))).astype(np.int64))

@@ -1,0 +1,186 @@
+"""What the server does with reported sample IDs: pure functions from what is known to moves.
+
+`balance` is the user's design: badly fitted (high-loss) samples go from the shard whose proxy fits worst to the one that
+fits best, while shards are unbalanced. `memorized` is the paper's MSR, a swap of the most-skipped samples
+around the ring. `quarantine` moves nothing: memorized samples are visited less often. `random` is the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ret_fl.config import ConfigError, QuarantineConfig, RedistributionConfig, RunConfig
+from ret_fl.ledger import Ids, Moves, ShardLedger
+from ret_fl.protocol import TrainReport
+
+Policy = Callable[[ShardLedger, Sequence[TrainReport], np.random.Generator, RedistributionConfig], Moves]
+"""(ledger, sound reports of the round, rng, settings) -> proposed moves. A policy reads, the caller applies."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one proxy fits its shard: mean log-loss at equal noise levels, and its standard error."""
+
+    shard: int
+    log_loss: float
+    error: float
+
+
+def shard_fits(reports: Sequence[TrainReport]) -> list[Fit]:
+    """Fit of each reporting shard, worst (highest loss) first.
+
+    Log-losses are compared noise bin by noise bin against the pooled mean of the bin, so a shard that happened
+    to draw other timesteps is not taken for a better or worse one.
+    """
+    if not reports:
+        return []
+    mean = np.stack([r.bin_mean for r in reports])
+    count = np.stack([r.bin_count for r in reports]).astype(float)
+    pooled = (mean * count).sum(axis=0) / np.maximum(count.sum(axis=0), 1)
+    total = np.maximum(count.sum(axis=1), 1)
+    above = ((mean - pooled) * count).sum(axis=1) / total
+    fits = [Fit(r.shard, float(a), r.spread / float(n) ** 0.5) for r, a, n in zip(reports, above, total, strict=True)]
+    return sorted(fits, key=lambda f: -f.log_loss)
+
+
+def _top(ids: Ids, score: NDArray, count: int, rng: np.random.Generator) -> Ids:
+    """The `count` ids of highest score; ties are broken at random (by rng), NaN counts as lowest."""
+    tie = rng.permutation(len(ids))
+    order = np.lexsort((tie, -np.nan_to_num(score, nan=-np.inf)))
+    return ids[order[:count]]
+
+
+def balance(
+    ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
+) -> Moves:
+    """High-loss samples of the worst-fitted shard go to the best-fitted one, while they differ by more than `gap`.
+
+    A difference below three standard errors is noise and moves nothing. `fraction` of the giving shard moves at a
+    time; no shard falls below half the mean size, so a shard of intrinsically hard samples is not emptied.
+    """
+    fits = shard_fits(reports)
+    if len(fits) < 2:
+        return Moves.none()
+    worst, best = fits[0], fits[-1]
+    noise = 3 * float(np.hypot(worst.error, best.error))
+    if worst.log_loss - best.log_loss <= max(config.gap, noise):
+        return Moves.none()
+    ids = ledger.ids(worst.shard)
+    spare = len(ids) - max(1, len(ledger) // (2 * ledger.num_shards))
+    count = min(max(1, round(config.fraction * len(ids))), spare)
+    if count < 1:
+        return Moves.none()
+    chosen = _top(ids, ledger.log_loss_ratio()[ids], count, rng)
+    return Moves.between(chosen, worst.shard, best.shard)
+
+
+def _receivers(config: RedistributionConfig, shards: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """To which shard each shard gives: the next one, or a random arrangement in which none keeps its own."""
+    ring = (np.arange(shards) + 1) % shards
+    if config.topology == "ring":
+        return ring
+    order = rng.permutation(shards)
+    receivers = np.empty(shards, np.int64)
+    receivers[order] = order[ring]
+    return receivers
+
+
+def _exchange(
+    ledger: ShardLedger, rng: np.random.Generator, config: RedistributionConfig, score: NDArray, eligible: NDArray
+) -> Moves:
+    """Every shard gives as many of its highest-scored eligible samples as every other, so sizes stay as they are."""
+    if ledger.num_shards < 2:
+        return Moves.none()
+    candidates = [ids[eligible[ids]] for ids in map(ledger.ids, range(ledger.num_shards))]
+    wanted = max(1, round(config.fraction * int(ledger.sizes().min())))
+    count = min(wanted, *(len(c) for c in candidates))
+    receivers = _receivers(config, ledger.num_shards, rng)
+    return Moves.join(
+        [
+            Moves.between(_top(ids, score[ids], count, rng), shard, int(receivers[shard]))
+            for shard, ids in enumerate(candidates)
+        ]
+    )
+
+
+def memorized(
+    ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
+) -> Moves:
+    """MSR: each shard passes on its most often skipped samples (by skip rate since they came, at least one skip)."""
+    return _exchange(ledger, rng, config, ledger.skip_rate(), ledger.recent_skips > 0)
+
+
+def high_loss(
+    ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
+) -> Moves:
+    """Each shard passes on its worst-fitted samples (highest mean log-ratio)."""
+    return _exchange(ledger, rng, config, ledger.log_loss_ratio(), ledger.draws > 0)
+
+
+def random(
+    ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
+) -> Moves:
+    """The control: as many samples move, chosen by chance."""
+    return _exchange(ledger, rng, config, rng.random(len(ledger)), np.ones(len(ledger), bool))
+
+
+POLICIES: dict[str, Policy] = {"balance": balance, "memorized": memorized, "high-loss": high_loss, "random": random}
+QUARANTINE = "quarantine"
+
+
+def parse_policy(text: str) -> tuple[list[Policy], bool]:
+    """'balance+quarantine' -> ([balance], True). Raises `ConfigError` for an unknown name."""
+    names = [name.strip() for name in text.split("+")]
+    known = [*POLICIES, QUARANTINE, "none"]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"redistribution.policy: no policy {unknown[0]!r}; join some of {', '.join(known)} by '+'")
+    return [POLICIES[name] for name in names if name in POLICIES], QUARANTINE in names
+
+
+def is_due(config: RunConfig, round: int) -> bool:
+    """Whether samples may move after this round.
+
+    Where proxies are averaged every n-th round only, samples move in between, while proxies still differ (the
+    paper's swap between aggregations); `redistribution.period` skips opportunities.
+    """
+    between = config.aggregate_every == 1 or round % config.aggregate_every != 0
+    return between and (round // config.aggregate_every) % config.redistribution.period == 0
+
+
+def propose(
+    policies: Sequence[Policy],
+    ledger: ShardLedger,
+    reports: Sequence[TrainReport],
+    rng: np.random.Generator,
+    config: RedistributionConfig,
+) -> Moves:
+    """Moves of several policies in turn; a sample claimed by an earlier one stays claimed."""
+    parts: list[Moves] = []
+    for policy in policies:
+        taken = Moves.join(parts).ids
+        parts.append(policy(ledger, reports, rng, config).without(taken))
+    return Moves.join(parts)
+
+
+def quarantined(ledger: ShardLedger, config: QuarantineConfig) -> NDArray[np.bool_]:
+    """Which samples are memorized enough to be visited less: bool [N].
+
+    With `share` > 0 the lowest mean log-ratios; else those whose robust z-score, (r - median) / (1.4826 MAD), is
+    below `z`. The median and MAD are those of ordinary samples even when a fifth of the data is duplicated.
+    """
+    ratio = ledger.log_loss_ratio()
+    known = ledger.draws >= config.min_draws
+    if not known.any():
+        return np.zeros(len(ledger), bool)
+    values = ratio[known]
+    if config.share > 0:
+        count = round(config.share * len(ledger))
+        return known & (ratio < np.partition(values, min(count, len(values) - 1))[min(count, len(values) - 1)])
+    median = np.median(values)
+    mad = 1.4826 * np.median(np.abs(values - median))
+    return known & (ratio < median + config.z * mad) if mad > 0 else np.zeros(len(ledger), bool)

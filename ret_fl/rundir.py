@@ -1,0 +1,58 @@
+"""The folder of a run: its files, by name, and how a run is begun or taken up again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ret_fl.config import ConfigError, RunConfig
+
+
+class RunDir:
+    """config.json, metrics.jsonl, ledger.npz, checkpoints/, final/, pictures, tb/, summary.md."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.ledger = self.path / "ledger.npz"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.samples = self.path / "samples.npy"
+        self.tensorboard = self.path / "tb"
+        self.summary = self.path / "summary.md"
+
+    @classmethod
+    def begin(cls, config: RunConfig) -> RunDir:
+        """A new folder with the config in it. Raises `ConfigError` if a run lives there already."""
+        out = config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
+        run = cls(Path(out).expanduser())
+        if run.config.exists():
+            raise ConfigError(f"{run.path} holds a run already: choose another --out, or go on with --resume {out}")
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunDir:
+        """The folder of an earlier run. Raises `ConfigError` if it is none."""
+        run = cls(Path(path).expanduser())
+        if not run.config.is_file():
+            raise ConfigError(f"{run.path} is not the folder of a run: it has no config.json")
+        return run
+
+    def read_config(self) -> RunConfig:
+        return RunConfig.from_flat(json.loads(self.config.read_text()))
+
+    def write_config(self, config: RunConfig) -> None:
+        flat = config.to_flat() | {"resume": "", "out": str(self.path)}
+        self.config.write_text(json.dumps(flat, indent=2) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, a dict a finished round; a half-written last line is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]

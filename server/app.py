@@ -1,0 +1,99 @@
+"""ServerApp: settings -> data, ledger, strategy; rounds; final model and artefacts."""
+
+from __future__ import annotations
+
+import uuid
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from ret_fl.artefacts import finish
+from ret_fl.checkpoint import Checkpoint, load_latest
+from ret_fl.config import ConfigError, RunConfig
+from ret_fl.data.partition import partition
+from ret_fl.data.sources import DataSplits, load_splits
+from ret_fl.diffusion.models import build_unet
+from ret_fl.ledger import ShardLedger
+from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.recorder import RunRecorder
+from ret_fl.rundir import RunDir
+from ret_fl.strategy import RedistributeEnsemble
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or go on with, Redistribute Ensemble Training."""
+    config = RunConfig.from_flat(context.run_config)
+    if config.resume:
+        run = RunDir.existing(config.resume)
+        config = run.read_config()
+        checkpoint: Checkpoint | None = load_latest(run.checkpoints)
+    else:
+        run = RunDir.begin(config)
+        checkpoint = None
+    log(INFO, "results: %s", run.path)
+
+    data = load_splits(config.data)
+    strategy, weights = _resumed(config, data, checkpoint) if checkpoint else _fresh(config, data)
+    _warn_of_duplicates(config, data, strategy.ledger)
+    recorder = RunRecorder(run, config, strategy, data)
+    strategy.greet(grid)
+    remaining = config.num_server_rounds - strategy.first_round
+    if remaining > 0:
+        result = strategy.start(
+            grid, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
+        )
+        weights = unpack_state(result.arrays)
+    recorder.close()
+    finish(run, config, data, weights, strategy.ledger)
+    log(INFO, "finished: %s", run.summary)
+
+
+def _fresh(config: RunConfig, data: DataSplits) -> tuple[RedistributeEnsemble, State]:
+    train = data.train
+    labels = None if train.labels is None else train.labels.numpy()
+    shard = partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)
+    unet = build_unet(config.model, train.image_shape, train.num_classes, config.seed)
+    state = {name: value.numpy() for name, value in unet.state_dict().items()}
+    weights = {f"{part}.{name}": value for part in ("raw", "ema") for name, value in state.items()}
+    strategy = RedistributeEnsemble(
+        ShardLedger.start(shard, config.shards),
+        config,
+        fingerprint=train.fingerprint,
+        content=train.content_hashes,
+        run_key=uuid.uuid4().hex,
+    )
+    return strategy, weights
+
+
+def _resumed(config: RunConfig, data: DataSplits, checkpoint: Checkpoint) -> tuple[RedistributeEnsemble, State]:
+    if checkpoint.fingerprint != data.train.fingerprint:
+        raise ConfigError(
+            f"the run was made with data {checkpoint.fingerprint[:16]}, the same settings now give "
+            f"{data.train.fingerprint[:16]}: the files behind data.path have changed"
+        )
+    log(INFO, "going on after round %d", checkpoint.round)
+    strategy = RedistributeEnsemble(
+        checkpoint.ledger,
+        config,
+        fingerprint=checkpoint.fingerprint,
+        content=data.train.content_hashes,
+        run_key=checkpoint.run_key,
+        first_round=checkpoint.round,
+        banks=checkpoint.shards,
+    )
+    return strategy, checkpoint.weights
+
+
+def _warn_of_duplicates(config: RunConfig, data: DataSplits, ledger: ShardLedger) -> None:
+    """Count exact copies that share a shard: they are what a model memorizes first."""
+    pairs = np.stack([data.train.content_hashes, ledger.shard.astype(np.uint64)])
+    copies = len(ledger) - np.unique(pairs, axis=1).shape[1]
+    if copies:
+        what = "each is visited 1/copies as often" if config.data.duplicates == "weight" else "all are trained on"
+        log(WARNING, "%d exact duplicates inside shards: %s (data.duplicates)", copies, what)

@@ -1,0 +1,1 @@
+"""Running the apps without a network, and studies of the method."""

@@ -1,0 +1,417 @@
+"""Every source yields disjoint, reproducible splits, and bad images or settings are named."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ret_fl.config import ConfigError, DataConfig
+from ret_fl.data import decode
+from ret_fl.data.glyphs import CLASSES, block_group
+from ret_fl.data.sources import DataSplits, load_splits
+
+OFFLINE = ["digits", "mnist", "glyphs", "patches", "faces"]
+load_again = load_splits.__wrapped__  # as a second process would: past the lru_cache
+
+
+def load(**settings: object) -> DataSplits:
+    return load_again(DataConfig(**settings))
+
+
+def contents(splits: DataSplits) -> list[set[int]]:
+    stores = [splits.train, splits.held_out] + ([splits.reference] if splits.reference else [])
+    return [set(store.content_hashes.tolist()) for store in stores]
+
+
+def assert_disjoint(splits: DataSplits) -> None:
+    sets = contents(splits)
+    assert len(set.union(*sets)) == sum(map(len, sets))
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """20 PNGs of 12x12 in two classes."""
+    for i in range(20):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    return tmp_path / "images"
+
+
+def from_folder(folder: Path, **settings: object) -> DataSplits:
+    cache = str(folder.parent / "cache")
+    return load(**({"source": "image-folder", "path": str(folder), "cache_dir": cache} | settings))
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", OFFLINE)
+def test_train_held_out_and_reference_share_no_image(source: str) -> None:
+    splits = load_splits(DataConfig(source=source))
+    assert splits.reference is not None
+    assert_disjoint(splits)
+    train, held_out, reference = contents(splits)
+    assert len(train) == len(reference) == len(splits.reference) > 0
+    share = len(held_out) / len(train | held_out | reference)
+    assert share == pytest.approx(0.2, abs=0.02) or source == "patches"
+    for store in (splits.train, splits.held_out, splits.reference):
+        assert store.image_shape == splits.train.image_shape and store.num_classes == splits.train.num_classes
+        assert len(set(np.unique(store.unit().numpy()))) > 10  # pictures, not blanks
+
+
+@pytest.mark.parametrize("source", OFFLINE)
+def test_the_same_config_gives_the_same_data_and_another_seed_another_split(source: str) -> None:
+    first, again, other = load(source=source, limit=20), load(source=source, limit=20), load(source=source, seed=1)
+    assert first.train.fingerprint == again.train.fingerprint
+    assert first.held_out.fingerprint == again.held_out.fingerprint
+    assert first.reference and again.reference and first.reference.fingerprint == again.reference.fingerprint
+    assert first.train.fingerprint != other.train.fingerprint
+
+
+def test_a_limit_caps_train_and_reference_and_frees_the_rest_to_held_out() -> None:
+    splits = load(source="digits", limit=200, held_out=0.2, reference=True)
+    assert splits.reference is not None
+    assert (len(splits.train), len(splits.reference), len(splits.held_out)) == (200, 200, 1397)
+    for store in (splits.train, splits.reference):
+        assert store.labels is not None
+        assert np.bincount(store.labels.numpy(), minlength=10).min() >= 18  # stratified
+    without = load(source="digits", limit=200, reference=False)
+    assert without.reference is None and (len(without.train), len(without.held_out)) == (200, 1597)
+
+
+def test_everything_can_train() -> None:
+    splits = load(source="digits", held_out=0, reference=False)
+    assert len(splits.train) == 1797 and len(splits.held_out) == 0
+    assert splits.held_out.unit().shape == (0, 1, 8, 8)
+
+
+def test_patches_of_one_photograph_are_on_one_side() -> None:
+    # The china photograph trains: none of its textured patches may be found outside of train.
+    from sklearn.datasets import load_sample_image
+
+    china = torch.from_numpy(load_sample_image("china.jpg")[: 26 * 16, : 40 * 16].copy()).permute(2, 0, 1)
+    patches = china.unfold(1, 16, 16).unfold(2, 16, 16).permute(1, 2, 0, 3, 4).reshape(-1, 3, 16, 16)
+    known = {patch.numpy().tobytes() for patch in patches}
+
+    splits = load(source="patches")
+    assert splits.reference is not None
+
+    def found(pixels: torch.Tensor) -> int:
+        return sum(p.tobytes() in known for p in (pixels * 255).round().to(torch.uint8).numpy())
+
+    assert found(splits.train.unit()) > 100
+    assert found(splits.held_out.unit()) == found(splits.reference.unit()) == 0
+    alone = load(source="patches", reference=False)
+    assert len(alone.train) > len(splits.train) and found(alone.held_out.unit()) == 0
+
+
+def test_exact_duplicates_stay_on_one_side(folder: Path) -> None:
+    for i in range(10):
+        (folder / "class0" / f"copy{i}.png").write_bytes((folder / f"class{i % 2}" / f"{i:02}.png").read_bytes())
+    for seed in range(5):
+        splits = from_folder(folder, seed=seed)
+        assert_disjoint(splits)
+        assert splits.reference is not None and len(splits.reference) == len(contents(splits)[0]) == 8
+
+
+def test_canaries_stand_as_often_as_asked_and_their_ids_are_listed() -> None:
+    splits = load(source="digits", limit=200, canaries=5, canary_repeats=10)
+    assert len(splits.train) == 245 and splits.canaries.shape == (5, 10) and splits.canaries.dtype == np.int64
+    hashes = splits.train.content_hashes
+    for row in splits.canaries:
+        assert np.array_equal(np.flatnonzero(hashes == hashes[row[0]]), np.sort(row))
+    assert len(set(hashes[:200].tolist())) == 200  # the extra copies come last
+    assert_disjoint(splits)
+    plain = load(source="digits", limit=200)
+    assert np.array_equal(plain.train.content_hashes, hashes[:200])
+    assert plain.canaries.shape == (0, 10)
+
+
+def test_more_canaries_than_training_images_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.canaries=21 exceeds the 20 training images"):
+        load(source="digits", limit=20, canaries=21)
+
+
+def test_too_few_images_are_refused(folder: Path) -> None:
+    for path in sorted(folder.rglob("*.png"))[1:]:
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"turn data\.reference off"):
+        from_folder(folder)
+    assert len(from_folder(folder, reference=False).train) == 1
+
+
+# --- built-in sources ----------------------------------------------------------------------------------------------
+
+
+def test_clients_of_one_process_load_once() -> None:
+    assert load_splits(DataConfig()) is load_splits(DataConfig())
+
+
+@pytest.mark.parametrize("source", OFFLINE)
+def test_size_and_colour_are_as_set(source: str) -> None:
+    splits = load(source=source, image_size=12, channels="rgb", limit=10)
+    assert splits.train.image_shape == (3, 12, 12)
+    assert load(source=source, channels="grey", limit=10).train.image_shape[0] == 1
+
+
+def test_digits_span_black_to_white() -> None:
+    pixels = load(source="digits").train.unit()
+    assert pixels.min() == 0 and pixels.max() == 1
+
+
+def test_glyphs_are_distinct_shapes_with_classes() -> None:
+    splits = load(source="glyphs", held_out=0, reference=False)
+    assert 5500 < len(splits.train) < 6300 and len(contents(splits)[0]) == len(splits.train)
+    assert splits.train.labels is not None
+    assert set(splits.train.labels.tolist()) == set(range(len(CLASSES)))
+    assert [block_group(ord(c)) for c in "AΩЖא→"] == ["latin", "greek", "cyrillic", "hebrew", "arrows"]
+
+
+# --- image-folder --------------------------------------------------------------------------------------------------
+
+
+def test_sub_folders_are_classes_and_pixels_are_kept(folder: Path) -> None:
+    splits = from_folder(folder, reference=False, held_out=0)
+    assert splits.train.num_classes == 2 and splits.train.labels is not None
+    assert splits.train.image_shape == (3, 12, 12) and splits.kind == "photo"
+    stored = {(int(label), image.numpy().tobytes()) for label, image in zip(*_raw(splits), strict=True)}
+    assert stored == {(i % 2, np.asarray(picture(i)).transpose(2, 0, 1).tobytes()) for i in range(20)}
+
+
+def _raw(splits: DataSplits) -> tuple[torch.Tensor, torch.Tensor]:
+    assert splits.train.labels is not None
+    return splits.train.labels, (splits.train.unit() * 255).round().to(torch.uint8)
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for i, suffix in enumerate(["png", "jpg", "JPEG", "webp", "bmp"]):
+        picture(i, mode="L").save(tmp_path / "flat" / f"{i}.{suffix}")
+    (tmp_path / "flat" / "notes.txt").write_text("not an image")
+    splits = from_folder(tmp_path / "flat", held_out=0, reference=False, channels="grey")
+    assert len(splits.train) == 5 and splits.train.num_classes == 0 and splits.train.labels is None
+    assert splits.train.image_shape == (1, 12, 12)
+
+
+@pytest.mark.parametrize(("second", "channels"), [("L", 1), ("RGB", 3)])
+def test_colour_is_kept_unless_all_images_are_grey(tmp_path: Path, second: str, channels: int) -> None:
+    (tmp_path / "flat").mkdir()
+    picture(0, mode="L").save(tmp_path / "flat" / "0.png")
+    picture(1, mode=second).save(tmp_path / "flat" / "1.png")
+    assert from_folder(tmp_path / "flat", held_out=0, reference=False).train.image_shape[0] == channels
+
+
+def test_sixteen_bit_grey_keeps_its_levels(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(levels).save(tmp_path / "flat" / "deep.png")
+    splits = from_folder(tmp_path / "flat", held_out=0, reference=False)
+    assert np.array_equal((splits.train.unit()[0, 0] * 255).round().numpy().astype(int), levels >> 8)
+
+
+def test_images_are_resized_and_cropped_at_the_centre(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    wide = np.zeros((20, 60, 3), dtype=np.uint8)
+    wide[:, 20:40] = 255
+    Image.fromarray(wide).save(tmp_path / "flat" / "wide.png")
+    picture(1, (30, 40)).save(tmp_path / "flat" / "tall.png")
+    splits = from_folder(tmp_path / "flat", held_out=0, reference=False, image_size=10)
+    assert splits.train.image_shape == (3, 10, 10)
+    middle = splits.train.unit()[:, :, :, 1:-1]
+    assert any(image.min() > 0.95 for image in middle)  # the black sides of the wide picture are cut off
+
+
+def test_a_picture_lying_on_its_side_is_turned_upright(tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, (20, 10)).save(tmp_path / "flat" / "side.png", exif=exif)
+    splits = from_folder(tmp_path / "flat", held_out=0, reference=False)
+    assert splits.train.image_shape == (3, 20, 10)
+    upright = np.asarray(picture(0, (20, 10)).rotate(-90, expand=True)).transpose(2, 0, 1)
+    assert np.array_equal((splits.train.unit()[0] * 255).round().numpy().astype(int), upright)
+
+
+def spoil(folder: Path) -> list[str]:
+    picture(50, (200, 200)).save(folder / "whole.jpg")
+    (folder / "class0" / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:3000])
+    (folder / "whole.jpg").unlink()
+    (folder / "class1" / "text.png").write_text("this is no picture")
+    (folder / "class1" / "empty.png").touch()
+    return ["class0/truncated.jpg", "class1/empty.png", "class1/text.png"]
+
+
+def test_a_corrupt_image_is_named_and_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    named = spoil(folder)
+    for _ in range(2):  # decoded, then from the cache
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            splits = from_folder(folder, image_size=12, held_out=0, reference=False)
+        assert sorted(splits.unreadable) == named and len(splits.train) == 20
+        assert "skipped 3 unreadable images" in caplog.text and "class0/truncated.jpg" in caplog.text
+    assert splits.train.labels is not None and splits.train.labels.sum() == 10
+    assert splits.train.unit().flatten(1).std(1).min() > 0.1  # no row of the array was left empty
+
+
+def test_a_corrupt_image_stops_the_run_when_refused(folder: Path) -> None:
+    named = spoil(folder)
+    for left in named:
+        with pytest.raises(ConfigError, match=r"cannot read class.*data\.on-corrupt=skip"):
+            from_folder(folder, image_size=12, on_corrupt="refuse")
+        (folder / left).unlink()
+    assert len(from_folder(folder, on_corrupt="refuse", held_out=0, reference=False).train) == 20
+    assert not list((folder.parent / "cache").glob("*.tmp*"))
+
+
+def test_a_folder_that_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ConfigError, match=r"no PNG, JPEG, WebP or BMP images"):
+        from_folder(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"data\.path: .*missing is not a folder"):
+        from_folder(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"needs a folder of images in data\.path"):
+        load(source="image-folder")
+    (tmp_path / "nothing" / "broken.png").write_text("broken")
+    with pytest.raises(ConfigError, match=r"none of its 1 images can be read"):
+        from_folder(tmp_path / "nothing")
+    picture(0, (13, 12)).save(folder / "class0" / "odd.png")
+    with pytest.raises(ConfigError, match=r"differ in size \(12x12, 13x12\): set data\.image-size"):
+        from_folder(folder)
+
+
+def test_the_cache_is_read_again_until_a_file_changes(folder: Path) -> None:
+    first = from_folder(folder)
+    cache = folder.parent / "cache"
+    (entry,) = cache.glob("*.npy")
+    stamp = entry.stat().st_mtime_ns
+    assert from_folder(folder).train.fingerprint == first.train.fingerprint
+    assert list(cache.glob("*.npy")) == [entry] and entry.stat().st_mtime_ns == stamp
+
+    changed = folder / "class0" / "00.png"
+    picture(99).save(changed)
+    os.utime(changed, ns=(stamp, stamp))
+    second = from_folder(folder)
+    assert set.union(*contents(second)) != set.union(*contents(first))
+    assert len(list(cache.glob("*.npy"))) == 2
+    from_folder(folder, image_size=8)
+    assert len(list(cache.glob("*.npy"))) == 3
+    assert {p.suffix for p in cache.iterdir()} == {".npy", ".json"}
+
+
+def test_the_cache_is_below_xdg_cache_home_by_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "xdg"))
+    assert decode.cache_dir(DataConfig()) == folder.parent / "xdg" / "ret-fl" / "data"
+    from_folder(folder, cache_dir="")
+    assert list((folder.parent / "xdg" / "ret-fl" / "data").glob("*.npy"))
+
+
+def test_a_cache_that_cannot_be_made_names_the_setting(folder: Path) -> None:
+    (folder.parent / "file").touch()
+    with pytest.raises(ConfigError, match=r"set data\.cache-dir"):
+        from_folder(folder, cache_dir=str(folder.parent / "file" / "cache"))
+
+
+# --- hf ------------------------------------------------------------------------------------------------------------
+
+
+def table(count: int = 20) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    rows = {"image": [picture(i) for i in range(count)], "label": [i % 2 for i in range(count)]}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def from_hf(path: Path | str, tmp_path: Path, **settings: object) -> DataSplits:
+    fixed = {"source": "hf", "path": str(path), "cache_dir": str(tmp_path / "cache"), "held_out": 0, "reference": False}
+    return load(**(fixed | settings))
+
+
+def assert_is_table(splits: DataSplits) -> None:
+    stored = {(int(label), image.numpy().tobytes()) for label, image in zip(*_raw(splits), strict=True)}
+    assert stored == {(i % 2, np.asarray(picture(i)).transpose(2, 0, 1).tobytes()) for i in range(20)}
+
+
+def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    table().save_to_disk(tmp_path / "saved")
+    splits = from_hf(tmp_path / "saved", tmp_path)
+    assert_is_table(splits)
+    assert splits.train.num_classes == 3  # as declared, though only two occur
+    assert_disjoint(from_hf(tmp_path / "saved", tmp_path, held_out=0.2, reference=True))
+
+
+def test_a_split_of_a_saved_dataset_is_chosen_by_name(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table(), "test": table(5)}).save_to_disk(str(tmp_path / "saved"))
+    assert len(from_hf(tmp_path / "saved", tmp_path).train) == 20
+    assert len(from_hf(tmp_path / "saved", tmp_path, split="test").train) == 5
+    with pytest.raises(ConfigError, match=r"data\.split: .*\['test', 'train'\], not 'validation'"):
+        from_hf(tmp_path / "saved", tmp_path, split="validation")
+
+
+def test_parquet_is_read_as_file_folder_and_glob(tmp_path: Path) -> None:
+    (tmp_path / "table").mkdir()
+    table().select(range(12)).to_parquet(tmp_path / "table" / "train-0.parquet")
+    assert len(from_hf(tmp_path / "table" / "train-0.parquet", tmp_path).train) == 12
+    table().select(range(12, 20)).to_parquet(tmp_path / "table" / "train-1.parquet")
+    assert_is_table(from_hf(tmp_path / "table", tmp_path))
+    assert_is_table(from_hf(tmp_path / "table" / "*.parquet", tmp_path))
+    with pytest.raises(ConfigError, match=r"data\.split=test"):
+        from_hf(tmp_path / "table", tmp_path, split="test")
+
+
+def test_columns_of_any_name_and_string_classes_are_read(tmp_path: Path) -> None:
+    plain = table().rename_column("image", "img").remove_columns("label")
+    plain.add_column("kind", ["cat" if i % 2 else "ant" for i in range(20)]).to_parquet(tmp_path / "t.parquet")
+    splits = from_hf(tmp_path / "t.parquet", tmp_path, image_column="img", label_column="kind")
+    assert_is_table(splits)
+    assert from_hf(tmp_path / "t.parquet", tmp_path, image_column="img").train.labels is None
+    with pytest.raises(ConfigError, match=r"data\.image-column: no 'image' among \['img', 'kind'\]"):
+        from_hf(tmp_path / "t.parquet", tmp_path)
+    plain.add_column("number", list(range(20))).to_parquet(tmp_path / "n.parquet")
+    with pytest.raises(ConfigError, match=r"data\.image-column: 'number' does not hold images"):
+        from_hf(tmp_path / "n.parquet", tmp_path, image_column="number")
+
+
+def test_a_corrupt_row_is_named_and_skipped(tmp_path: Path) -> None:
+    rows = table().cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[3]["image"] = {"bytes": b"broken", "path": None}
+    rows[7]["image"] = None
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    splits = from_hf(tmp_path / "saved", tmp_path)
+    assert splits.unreadable == ("row 3", "row 7") and len(splits.train) == 18
+    with pytest.raises(ConfigError, match=r"cannot read row 3"):
+        from_hf(tmp_path / "saved", tmp_path, on_corrupt="refuse")
+
+
+def test_a_cached_saved_dataset_needs_no_decoding_until_it_changes(tmp_path: Path) -> None:
+    table().save_to_disk(tmp_path / "saved")
+    from_hf(tmp_path / "saved", tmp_path)
+    (entry,) = (tmp_path / "cache").glob("*.npy")
+    from_hf(tmp_path / "saved", tmp_path)
+    assert list((tmp_path / "cache").glob("*.npy")) == [entry]
+    table(10).save_to_disk(tmp_path / "saved")
+    assert len(from_hf(tmp_path / "saved", tmp_path).train) == 10
+
+
+def test_a_path_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for path, message in [
+        ("", r"needs data\.path"),
+        (str(tmp_path / "missing"), r"does not exist"),
+        (str(tmp_path / "*.parquet"), r"no file matches"),
+        (str(tmp_path / "other"), r"set data\.source=image-folder"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            from_hf(path, tmp_path)
