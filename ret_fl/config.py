@@ -183,7 +183,7 @@ class QuarantineConfig(Section):
     share: float = Field(
         0.0, ge=0, lt=1, description="Share of all samples quarantined (lowest log-ratios); 0: those below z."
     )
-    z: float = Field(-2.0, lt=0, description="With share 0: robust z-score of the log-ratio below which a sample is in.")
+    z: float = Field(-2.0, lt=0, description="With share 0: samples whose robust z-score is below this.")
     probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
     every: int = Field(1, ge=1, description="Choose anew every n rounds.")
     min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")
@@ -196,7 +196,7 @@ class RunConfig(Section):
     out: str = Field("", description="Folder of the results; empty: runs/<time>-<name>.")
     resume: str = Field("", description="Folder of an interrupted run to go on with.")
     seed: int = Field(0, ge=0, description="Seed of weights, batches, noise and moves.")
-    num_server_rounds: int = Field(40, ge=1, description="R. A round is one phase of local training on every shard.")
+    num_server_rounds: int = Field(20, ge=1, description="R. A round is one phase of local training on every shard.")
     shards: int = Field(4, ge=1, description="K, the number of proxies; each trains on its own shard.")
     local_epochs: int = Field(10, ge=1, description="E, passes of a proxy over its shard in one round.")
     batch_size: int = Field(32, ge=1, description="B, images a training step.")
@@ -216,7 +216,7 @@ class RunConfig(Section):
     min_nodes: int = Field(1, ge=1, description="Clients needed to start; more shards than clients take turns.")
     wait_seconds: float = Field(300, gt=0, description="How long to wait for min-nodes clients before giving up.")
     round_timeout: float = Field(3600, gt=0, description="Seconds a round may take before missing shards are given up.")
-    quorum: float = Field(0.5, gt=0, le=1, description="Share of the shards whose reply must be sound, or the run stops.")
+    quorum: float = Field(0.5, gt=0, le=1, description="Share of shards whose reply must be sound, or the run stops.")
     device: str = Field("auto", description="Device of the proxies: auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where a GPU has it.")
     compile: bool = Field(False, description="torch.compile the U-Net: about a minute once, then faster steps.")

@@ -37,9 +37,7 @@ def fixed_losses(
         x0 = objective.folded(images)
         labels = labels if unet.config.num_class_embeds else None
         losses = [
-            objective.losses(
-                unet, x0, torch.full((len(part),), int(t), device=device), noise.expand_as(x0), labels
-            )
+            objective.losses(unet, x0, torch.full((len(part),), int(t), device=device), noise.expand_as(x0), labels)
             for t, noise in zip(grid, noises, strict=True)
         ]
         out.append(torch.stack(losses).mean(dim=0).cpu())

@@ -125,7 +125,7 @@ class ShardLedger:
             value = getattr(self, f.name)
             if f.name != "num_shards" and value.shape != (n,):
                 raise LedgerError(f"ledger column {f.name} has shape {value.shape}, expected ({n},)")
-        if n and not (0 <= self.shard.min() and self.shard.max() < self.num_shards):
+        if n and not (self.shard.min() >= 0 and self.shard.max() < self.num_shards):
             raise LedgerError(f"shard numbers must be in 0..{self.num_shards - 1}")
         if int(self.sizes().sum()) != n:
             raise LedgerError(f"shards hold {int(self.sizes().sum())} samples, the data has {n}")

@@ -42,6 +42,22 @@ def save_grid(images: Tensor, path: Path, columns: int = 0) -> None:
     Image.fromarray(sheet).save(path)
 
 
+def save_images(images: Tensor, out: Path) -> None:
+    """Save by the name of `out`: .png a grid, .npy uint8 [N, C, H, W], anything else a folder of PNG files."""
+    if out.suffix == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(images, out)
+        return
+    pixels = (images * 255).round().byte().numpy()
+    if out.suffix == ".npy":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(out, pixels)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(out / f"{i:06d}.png")
+
+
 def save_pairs(generated: Tensor, originals: Tensor, ratio: Tensor, path: Path) -> None:
     """Generated images above their nearest training image, with the ratio under each pair: [n, C, H, W], [n]."""
     count = len(generated)

@@ -1,11 +1,11 @@
 """Train one proxy on one shard for one round: the client's half of Redistribute Ensemble Training.
 
-    for each batch of the shard:
-        t, noise  ~ U{0..T-1}, N(0, 1)
-        l         = |eps_hat - noise|^2 per sample
-        keep      = gate(l, t)                    AGC, ret_fl/mitigation/agc.py
-        step on mean(l[keep]); EMA;               neither, if nothing was kept
-        bank[t] <- l                              all samples, kept or not
+for each batch of the shard:
+    t, noise  ~ U{0..T-1}, N(0, 1)
+    l         = |eps_hat - noise|^2 per sample
+    keep      = gate(l, t)                    AGC, ret_fl/mitigation/agc.py
+    step on mean(l[keep]); EMA;               neither, if nothing was kept
+    bank[t] <- l                              all samples, kept or not
 """
 
 from __future__ import annotations

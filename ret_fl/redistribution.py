@@ -1,8 +1,8 @@
 """What the server does with reported sample IDs: pure functions from what is known to moves.
 
-`balance` is the user's design: badly fitted (high-loss) samples go from the shard whose proxy fits worst to the one that
-fits best, while shards are unbalanced. `memorized` is the paper's MSR, a swap of the most-skipped samples
-around the ring. `quarantine` moves nothing: memorized samples are visited less often. `random` is the control.
+`balance`: badly fitted (high-loss) samples go from the shard whose proxy fits worst to the one that fits best, while
+shards are unbalanced. `memorized` is the paper's MSR, a swap of the most-skipped samples around the ring. `quarantine`
+moves nothing: memorized samples are visited less often. `random` is the control.
 """
 
 from __future__ import annotations

@@ -25,12 +25,18 @@ class RunDir:
         self.summary = self.path / "summary.md"
 
     @classmethod
+    def choose(cls, config: RunConfig, out: Path | None = None) -> RunDir:
+        """The folder of a new run. Raises `ConfigError` if a run lives there already."""
+        named = out or Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.name}")
+        run = cls(named.expanduser())
+        if run.config.exists():
+            raise ConfigError(f"{run.path} holds a run already: choose another --out, or go on with --resume {named}")
+        return run
+
+    @classmethod
     def begin(cls, config: RunConfig) -> RunDir:
         """A new folder with the config in it. Raises `ConfigError` if a run lives there already."""
-        out = config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
-        run = cls(Path(out).expanduser())
-        if run.config.exists():
-            raise ConfigError(f"{run.path} holds a run already: choose another --out, or go on with --resume {out}")
+        run = cls.choose(config)
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_config(config)
         return run

@@ -112,7 +112,13 @@ def train_classifier(
         model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:]))
     if cache is not None and _load_cached(model, cache, recipe):
         return model
-    _fit(model, unit, target, seed, epochs)
+    threads = torch.get_num_threads()
+    # One thread: the same weights on any number of cores, and such small layers gain nothing from more.
+    torch.set_num_threads(1)
+    try:
+        _fit(model, unit, target, seed, epochs)
+    finally:
+        torch.set_num_threads(threads)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_name(cache.name + ".part")

@@ -55,7 +55,7 @@ def carlini_ratio(generated: Images, train: Images, k: int = 50, alpha: float = 
 
 
 def _ratio_to_mean(generated: Images, train: Images, k: int, power: float, alpha: float) -> tuple[Tensor, Tensor]:
-    rows = pixel_rows(train, "train")
+    generated, rows = _unit_rows(generated, "generated"), _unit_rows(train, "train")
     kept = deduplicate(rows)
     if not 1 <= k <= len(kept):
         raise ValueError(f"k must lie in 1..{len(kept)}, the number of distinct training images, got {k}")
@@ -92,7 +92,8 @@ def calibrated_ratio(generated: Images, train: Images, reference: Images) -> tup
     Warns:
         UserWarning: the two sets have different numbers of distinct images, which biases the ratio.
     """
-    train, reference = pixel_rows(train, "train"), pixel_rows(reference, "reference")
+    generated = _unit_rows(generated, "generated")
+    train, reference = _unit_rows(train, "train"), _unit_rows(reference, "reference")
     require_same_size(train, reference, "train", "reference")
     train_keys, reference_keys = set(_content_keys(train)), set(_content_keys(reference))
     if shared := train_keys & reference_keys:
@@ -186,6 +187,15 @@ def _canary_hits(copied_rows: Tensor, train: Tensor, canaries: Tensor) -> Tensor
         raise ValueError(f"canary rows must lie in 0..{len(train) - 1}, the rows of train")
     first = _first_occurrence(train)[canaries.cpu().long()]
     return torch.stack([torch.isin(copied_rows, rows).sum() for rows in first]) if len(first) else first.new_zeros(0)
+
+
+def _unit_rows(images: Images, name: str) -> Tensor:
+    """`pixel_rows`, with a warning when they cannot be images in [0, 1]: mixed ranges hide every copy."""
+    rows = pixel_rows(images, name)
+    low, high = rows.min().item(), rows.max().item()
+    if low < -0.5 or high > 1.5:
+        warnings.warn(f"{name} range over {low:.3g}..{high:.3g}, expected [0, 1]: rescale all sets alike", stacklevel=4)
+    return rows
 
 
 def _content_keys(rows: Tensor) -> list[bytes]:

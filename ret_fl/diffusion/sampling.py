@@ -22,10 +22,7 @@ def start_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Te
     """
     generator = torch.Generator()
     return torch.stack(
-        [
-            torch.randn(shape, generator=generator.manual_seed((seed << 32) + i))
-            for i in range(first, first + count)
-        ]
+        [torch.randn(shape, generator=generator.manual_seed((seed << 32) + i)) for i in range(first, first + count)]
     )
 
 

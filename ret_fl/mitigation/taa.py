@@ -117,6 +117,8 @@ class AugmentQueue:
         position, strength = (torch.cat(column) for column in zip(*self.waiting, strict=True))
         whole = len(position) if flush else len(position) // self.batch_size * self.batch_size
         self.waiting = [(position[whole:], strength[whole:])]
-        yield from zip(
-            position[:whole].split(self.batch_size), strength[:whole].split(self.batch_size), strict=True
-        ) if whole else ()
+        yield from (
+            zip(position[:whole].split(self.batch_size), strength[:whole].split(self.batch_size), strict=True)
+            if whole
+            else ()
+        )

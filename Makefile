@@ -1,0 +1,39 @@
+# Two commands do everything: `make run` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup run test test-slow bench clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## create .venv and install
+
+# PYTORCH=cuda keeps pip from the CPU build's constraint, for machines with a GPU
+$(STAMP): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(filter cuda,$(PYTORCH)),,-c constraints-cpu.txt) -e '.[dev]'
+	@touch $@
+
+run: setup ## the main job: RET on digits through `flwr run`, to a folder of results
+	$(BIN)/ret-fl run --preset simulations/presets/digits.toml
+
+test: setup ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+bench: setup ## speed, as ratios measured in one run
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.audit
+
+clean: ## remove .venv and caches, keep runs/
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

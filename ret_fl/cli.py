@@ -1,0 +1,213 @@
+"""The `ret-fl` command. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ret_fl.config import RunConfig, Scalar
+    from ret_fl.rundir import RunDir
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train image diffusion models that do not copy their training data (Redistribute Ensemble Training).",
+    epilog="Start with: ret-fl run --preset simulations/presets/digits.toml",
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, as in --set agc.mem-ratio=2. Repeatable."),
+]
+PresetOption = Annotated[
+    Path | None, typer.Option("--preset", metavar="FILE.toml", help="Settings to start from; --set goes on top.")
+]
+
+
+def _stop(message: object) -> typer.Exit:
+    typer.secho(str(message), fg=typer.colors.RED, err=True)
+    return typer.Exit(1)
+
+
+def _settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
+    from ret_fl.settings import parse_change, read_preset
+
+    flat = read_preset(preset) if preset else {}
+    return flat | dict(parse_change(text) for text in changes or [])
+
+
+@app.command()
+def run(
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results. [default: runs/<time>-<name>]", show_default=False)
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with an interrupted run.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="'flwr': Flower's simulation, clients in parallel; 'inline': all in this process.")
+    ] = "flwr",
+    nodes: Annotated[
+        int, typer.Option(min=0, help="Clients to simulate; 0: one a shard. With fewer, shards take turns.")
+    ] = 0,
+    app_folder: Annotated[
+        Path, typer.Option("--app", help="The Flower app: this repository or an edited copy.")
+    ] = Path(),
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's log instead of progress.")] = False,
+) -> None:
+    """Train: K shards, K proxies, one averaged model, and pictures and numbers of what came out.
+
+    Any setting of `ret-fl config` can be changed by --set or in a preset. Ctrl-C is safe: --resume goes on after the
+    last finished round.
+    """
+    from ret_fl.config import ConfigError
+    from ret_fl.engines import ENGINES, RunFailedError, check_app
+
+    if engine not in ENGINES:
+        raise _stop(f"--engine must be one of {', '.join(ENGINES)} (got {engine!r})")
+    try:
+        app_path = check_app(app_folder)
+        directory, config = _resumed(resume, preset, changes) if resume else _begun(preset, changes, out)
+    except ConfigError as error:
+        raise _stop(error) from None
+    try:
+        _drive(engine, app_path, directory, config, nodes or config.shards, resuming=bool(resume), verbose=verbose)
+    except RunFailedError as error:
+        raise _stop(error) from None
+    except KeyboardInterrupt:
+        raise _stop(f"\nstopped; go on with: ret-fl run --resume {directory.path}") from None
+    typer.secho(f"\nResults: {directory.path}", fg=typer.colors.GREEN, bold=True)
+    for file, what in (
+        ("summary.md", "what came out, on one page"),
+        ("final", "the model, for diffusers"),
+        ("samples.png", "images it draws"),
+        ("copies.png", "those closest to a training image, beside it"),
+        ("curves.png", "loss, skips, moves"),
+    ):
+        if (directory.path / file).exists():
+            typer.echo(f"  {file:<12} {what}")
+    typer.echo(next(line for line in directory.summary.read_text().splitlines()[1:] if line).replace("**", ""))
+
+
+def _begun(preset: Path | None, changes: list[str] | None, out: Path | None) -> tuple[RunDir, RunConfig]:
+    from ret_fl.redistribution import parse_policy
+    from ret_fl.settings import new_run
+
+    directory, config = new_run(_settings(preset, changes), out)
+    parse_policy(config.redistribution.policy)
+    return directory, config
+
+
+def _resumed(resume: Path, preset: Path | None, changes: list[str] | None) -> tuple[RunDir, RunConfig]:
+    from ret_fl.settings import change_run
+
+    return change_run(resume, _settings(preset, changes))
+
+
+def _drive(
+    engine: str, app_path: Path, directory: RunDir, config: RunConfig, nodes: int, *, resuming: bool, verbose: bool
+) -> None:
+    from ret_fl.engines import ENGINES
+    from ret_fl.progress import RunProgress
+
+    typer.echo(f"{directory.path}: {config.shards} shards, {config.num_server_rounds} rounds, engine {engine}")
+    with RunProgress(directory, config.num_server_rounds, quiet=verbose):
+        ENGINES[engine](app_path, directory, config, nodes, resuming, verbose)
+
+
+@app.command()
+def config(
+    preset: PresetOption = None,
+    changes: SetOption = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Print as a preset file, to edit and give to --preset.")] = False,
+) -> None:
+    """Every setting: value, what is allowed, what it means."""
+    from ret_fl.config import ConfigError, RunConfig, describe
+
+    try:
+        chosen = RunConfig.from_flat(_settings(preset, changes))
+    except ConfigError as error:
+        raise _stop(error) from None
+    if toml:
+        from ret_fl.settings import to_toml
+
+        typer.echo(to_toml(chosen.to_flat()), nl=False)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("setting", "value", "allowed", "meaning"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "setting")
+    section = ""
+    for s in describe(chosen):
+        prefix = s.key.rpartition(".")[0]
+        if prefix != section:
+            section = prefix
+            table.add_section()
+            table.add_row(f"[bold]{section}", "", "", "")
+        value = f'"{s.value}"' if isinstance(s.value, str) else str(s.value).lower()
+        table.add_row(s.key, value, s.allowed.replace("[", "\\["), s.meaning.replace("[", "\\["))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="A run's folder, or any unconditional diffusers pipeline folder.")],
+    count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
+    out: Annotated[
+        Path, typer.Option(help="A .png for a grid, a .npy for uint8 [N, C, H, W], or a folder for one PNG an image.")
+    ] = Path("samples.png"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+) -> None:
+    """Draw images from a trained model."""
+    from rich.progress import Progress
+
+    from ret_fl.diffusion.sampling import draw_images, load_pipeline
+    from ret_fl.pictures import save_images
+    from ret_fl.proxy import resolve_device
+
+    folder = model / "final" if (model / "final").is_dir() else model
+    try:
+        unet, scheduler, fold = load_pipeline(folder)
+    except (OSError, ValueError) as error:
+        raise _stop(f"{folder} holds no model that ret-fl can draw from: {error}") from None
+    with Progress() as progress:
+        task = progress.add_task("drawing", total=count)
+        images = draw_images(
+            unet,
+            scheduler,
+            count,
+            seed=seed,
+            steps=steps,
+            fold=fold,
+            device=resolve_device(device),
+            on_progress=lambda done: progress.update(task, completed=done),
+        )
+    save_images(images, out)
+    typer.echo(f"{count} images: {out}")
+
+
+@app.command()
+def show(
+    run_dir: Annotated[Path, typer.Argument(help="A run's folder.")],
+    sample: Annotated[int, typer.Option(min=-1, help="What the ledger knows of this sample ID.")] = -1,
+) -> None:
+    """What a run did: rounds, shards, the samples it found memorized or badly fitted."""
+    from ret_fl.config import ConfigError
+    from ret_fl.show import show_run, show_sample
+
+    try:
+        if sample >= 0:
+            show_sample(run_dir, sample)
+        else:
+            show_run(run_dir)
+    except ConfigError as error:
+        raise _stop(error) from None

@@ -1,0 +1,198 @@
+"""How `ret-fl run` runs the Flower app: under Flower's own simulation engine, or inline in this process."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ret_fl.config import ConfigError, RunConfig, Scalar
+from ret_fl.rundir import RunDir
+from ret_fl.settings import to_toml
+
+START_SECONDS = 120
+
+
+class RunFailedError(RuntimeError):
+    """The run ended without a result; the message says why and where the log is."""
+
+
+def check_app(folder: Path) -> Path:
+    """The app folder, absolute. Raises `ConfigError` if it holds no ret-fl app."""
+    path = folder.expanduser().absolute()
+    project = path / "pyproject.toml"
+    if project.is_file():
+        with project.open("rb") as file:
+            components = tomllib.load(file).get("tool", {}).get("flwr", {}).get("app", {}).get("components")
+        if components and (path / "simulations" / "inline.py").is_file():
+            return path
+    raise ConfigError(
+        f"{path} is not the ret-fl app (pyproject.toml with [tool.flwr.app], server/, clients/): run in a clone "
+        "of the repository, or name one by --app"
+    )
+
+
+def _settings(directory: RunDir, config: RunConfig, resuming: bool) -> dict[str, Scalar]:
+    return config.to_flat() | ({"resume": str(directory.path)} if resuming else {})
+
+
+def run_inline(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:
+    """Server and clients one after the other in this process. Raises `RunFailedError`."""
+    sys.path.insert(0, str(app))
+    inline, server, clients = map(importlib.import_module, ("simulations.inline", "server.app", "clients.app"))
+    log_file = directory.path / "flower.log"
+    with _logging_to(log_file, keep_console=verbose):
+        try:
+            inline.run_inline(server.app, clients.app, _settings(directory, config, resuming), nodes)
+        except Exception as error:
+            logging.getLogger("flwr").exception("the run failed")
+            raise RunFailedError(f"{type(error).__name__}: {error}\nLog: {log_file}") from error
+
+
+@contextmanager
+def _logging_to(path: Path, *, keep_console: bool) -> Iterator[None]:
+    """Send everyone's log to a file; the console stays free for progress unless `keep_console`."""
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(), logging.getLogger("flwr")]
+    before = [(one, one.handlers[:]) for one in loggers]
+    for one, handlers in before:
+        one.handlers = [file, *(handlers if keep_console else [])]
+    try:
+        yield
+    finally:
+        for one, handlers in before:
+            one.handlers = handlers
+        file.close()
+
+
+def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:
+    """`flwr run` on a local SuperLink of its own, ended with the run. Raises `RunFailedError`.
+
+    `flwr run` exits with 0 even when the run failed, so the truth is asked of the SuperLink afterwards.
+    """
+    log_file = directory.path / "flower.log"
+    with tempfile.TemporaryDirectory(prefix="ret-fl-") as home, log_file.open("a") as log:
+        environment = _environment(home)
+        with _superlink(environment, home, log_file):
+            settings = Path(home) / "run.toml"
+            settings.write_text(to_toml(_settings(directory, config, resuming)))
+            command = ["flwr", "run", str(app), "--stream", "--run-config", str(settings)]
+            command += ["--federation-config", _federation(config, nodes)]
+            code = subprocess.run(
+                command, env=environment, stdout=None if verbose else log, stderr=subprocess.STDOUT, check=False
+            ).returncode
+            status, details = _outcome(environment) if code == 0 else ("not started", f"flwr run exited with {code}")
+    if status != "finished:completed":
+        raise RunFailedError(f"the run ended as {status}. {details}\n{_last_error(log_file)}\nLog: {log_file}")
+
+
+def _environment(home: str) -> dict[str, str]:
+    """Isolates this run's SuperLink from any other, and keeps Flower from reinstalling torch for every run."""
+    bin_folder = str(Path(sys.executable).parent)
+    isolated = {
+        "FLWR_HOME": home,
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": bin_folder + os.pathsep + os.environ.get("PATH", ""),
+    }
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    return quiet | dict(os.environ) | isolated
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _superlink(environment: dict[str, str], home: str, log_file: Path) -> Iterator[None]:
+    """A local SuperLink in simulation mode. Started here rather than by `flwr run`, whose outlives the run."""
+    port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+    control = f"127.0.0.1:{environment['FLWR_LOCAL_CONTROL_API_PORT']}"
+    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
+    command += ["--database", str(Path(home) / "state.db")]
+    with log_file.open("a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
+            yield
+        finally:
+            _end(process)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RunFailedError(f"Flower's SuperLink ended at once (exit code {process.returncode}). Log: {log_file}")
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RunFailedError(f"Flower's SuperLink did not come up within {START_SECONDS} s. Log: {log_file}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink with the processes it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _federation(config: RunConfig, nodes: int) -> str:
+    """Flower's federation config: how many clients, and which share of the machine each gets."""
+    import torch
+
+    cpus = max(1, (os.cpu_count() or 1) // nodes)
+    gpus = 0.0
+    if torch.cuda.is_available() and config.device != "cpu":
+        gpus = min(1.0, torch.cuda.device_count() / nodes)
+    return f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus:.3f}"
+
+
+def _outcome(environment: dict[str, str]) -> tuple[str, str]:
+    """Status and details of the (only) run on the SuperLink."""
+    command = ["flwr", "list", "--format", "json"]
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        run = json.loads(listed.stdout)["runs"][0]
+    except (ValueError, KeyError, IndexError):
+        return "unknown", f"flwr list said: {listed.stdout.strip()} {listed.stderr.strip()}"
+    return str(run["status"]), str(run.get("status-details") or "")
+
+
+def _last_error(log_file: Path) -> str:
+    """The last error in Flower's log, colours removed."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", log_file.read_text(errors="replace")).splitlines()
+    errors = [line.strip() for line in lines if re.search(r"\b\w*(Error|Exception)\b: ", line)]
+    return errors[-1] if errors else "\n".join(lines[-5:])
+
+
+Engine = Callable[[Path, RunDir, RunConfig, int, bool, bool], None]
+ENGINES: dict[str, Engine] = {"flwr": run_flwr, "inline": run_inline}

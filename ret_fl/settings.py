@@ -1,0 +1,81 @@
+"""Settings from the outside: preset files, KEY=VALUE changes, and the folders of new and resumed runs."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ret_fl.config import ConfigError, RunConfig, Scalar
+from ret_fl.rundir import RunDir
+
+FIXED = ("shards", "seed", "data.", "partition.", "model.", "diffusion.", "agc.bins")
+"""What a resumed run cannot change: its checkpoint was made with it."""
+
+
+def parse_change(text: str) -> tuple[str, Scalar]:
+    """'agc.mem-ratio=2' -> ('agc.mem-ratio', 2). Values are numbers, true or false, or text (quotes optional)."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set wants KEY=VALUE (got {text!r})")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    if not isinstance(parsed, bool | int | float | str):
+        raise ConfigError(f"--set {key}: {value!r} is not one number, true or false, or text")
+    return key.strip(), parsed
+
+
+def read_preset(path: Path) -> dict[str, Scalar]:
+    """Settings of a TOML file, dotted (`agc.mode = "off"`) or in sections (`[agc]`)."""
+    try:
+        with path.open("rb") as file:
+            return _flatten(tomllib.load(file), "")
+    except OSError as error:
+        raise ConfigError(f"--preset: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--preset {path}: {error}") from None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str) -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def to_toml(flat: Mapping[str, Scalar]) -> str:
+    """Flat settings as the text of a TOML file."""
+    # JSON's texts, numbers and booleans are TOML's too
+    return "".join(f"{key} = {json.dumps(value)}\n".replace("Infinity", "inf") for key, value in flat.items())
+
+
+def new_run(settings: Mapping[str, Scalar], out: Path | None) -> tuple[RunDir, RunConfig]:
+    """Folder and config of a new run; the folder exists, and its clients keep their state inside it."""
+    config = RunConfig.from_flat(settings)
+    chosen = RunDir.choose(config, out)
+    local = {"out": str(chosen.path), "state-dir": config.state_dir or str(chosen.path / "proxies")}
+    chosen.path.mkdir(parents=True, exist_ok=True)
+    return chosen, RunConfig.from_flat(config.to_flat() | local)
+
+
+def change_run(path: Path, settings: Mapping[str, Scalar]) -> tuple[RunDir, RunConfig]:
+    """Folder and config of a run to resume, with `settings` changed in its config.json.
+
+    Raises `ConfigError` for a change that does not fit the checkpoint, such as another number of shards.
+    """
+    run = RunDir.existing(path)
+    before = run.read_config().to_flat()
+    frozen = [k for k, v in settings.items() if k.startswith(FIXED) and v != before.get(k)]
+    if frozen:
+        raise ConfigError(
+            f"a resumed run keeps its {', '.join(frozen)} (it has {', '.join(str(before.get(k)) for k in frozen)}): "
+            "start a new run to change that"
+        )
+    config = RunConfig.from_flat(before | dict(settings))
+    if settings:
+        run.write_config(config)
+    return run, config
