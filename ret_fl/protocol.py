@@ -202,7 +202,7 @@ class TrainReport:
             num_examples=int(weight),
             images=int(values.pop("images")),
             **{k: scalars[k] for k in cls._SCALARS},  # type: ignore[arg-type]
-            **values,
+            **values,  # type: ignore[arg-type]
             **arrays,  # type: ignore[arg-type]
         )
         return report, record.array_records.get(ARRAYS)

@@ -30,6 +30,9 @@ from ret_fl.protocol import State, TrainOrder, TrainReport
 from ret_fl.proxystate import Moments, ProxyState
 
 
+TensorList = tuple[Tensor, ...] | list[Tensor]
+
+
 class ProxyDivergedError(RuntimeError):
     """Training produced a loss that is not a number."""
 
@@ -101,7 +104,7 @@ class ProxyTrainer:
         )
         self.step_count = 0
 
-    def _average(self, ema: list[Tensor], current: list[Tensor], _: int | Tensor) -> None:
+    def _average(self, ema: TensorList, current: TensorList, _: int | Tensor) -> None:
         # a tensor weight, so that a skipped batch leaves the EMA alone without asking the GPU
         weight = (1 - self.config.ema.decay) * self.took_step
         difference = torch._foreach_sub(current, ema)

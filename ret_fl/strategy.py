@@ -358,10 +358,8 @@ class RedistributeEnsemble(Strategy):
         self.ledger.check_report(report)
         state = self.shards[shard]
         for name in ("bank_values", "bank_visits"):
-            if (
-                getattr(report, name).shape != getattr(state, name).shape
-                or not np.isfinite(getattr(report, name)).all()
-            ):
+            told = getattr(report, name)
+            if told.shape != getattr(state, name).shape or not np.isfinite(told).all():
                 raise ProtocolError(f"its {name} has a wrong shape or is not finite")
         if not self.aggregates(round):
             return

@@ -73,7 +73,12 @@ ROWS: dict[str, tuple[str, dict[str, Scalar]]] = {
 
 def settings(row: str, seed: int, out: Path) -> dict[str, Scalar]:
     """The flat settings of a row's run."""
-    local = {"seed": seed, "out": str(out), "state-dir": str(out / "proxies"), "name": f"{row}-s{seed}"}
+    local: dict[str, Scalar] = {
+        "seed": seed,
+        "out": str(out),
+        "state-dir": str(out / "proxies"),
+        "name": f"{row}-s{seed}",
+    }
     return BENCHMARK | ROWS[row][1] | local
 
 
