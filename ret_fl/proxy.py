@@ -29,7 +29,6 @@ from ret_fl.mitigation.losslog import LossLog, LossSummary
 from ret_fl.protocol import State, TrainOrder, TrainReport
 from ret_fl.proxystate import Moments, ProxyState
 
-
 TensorList = tuple[Tensor, ...] | list[Tensor]
 
 
