@@ -22,14 +22,11 @@ LIST_QUERIES = 8
 LIST_CHUNK = 500
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """Best wall time of `repeats` calls: other users of the machine only ever add to it."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def product(queries: Tensor, points: Tensor, tile: int = 4096) -> None:
@@ -60,9 +57,13 @@ def measure(images: int, size: int, channels: int, k: int, repeats: int) -> Tabl
     if not torch.allclose(found, by_lists, rtol=1e-5):
         raise RuntimeError("nearest and the list loop disagree: the times below would mean nothing")
 
-    gemm = seconds(lambda: product(generated, train), repeats)
-    ours = seconds(lambda: nearest(generated, train, k), repeats)
-    lists = seconds(lambda: list_loop(generated[:few], train, k), 1) * images / few
+    # Alternating, and the best of each: other users of the machine only ever add time, and not evenly.
+    pairs = [
+        (seconds(lambda: product(generated, train)), seconds(lambda: nearest(generated, train, k)))
+        for _ in range(repeats)
+    ]
+    gemm, ours = (min(times) for times in zip(*pairs, strict=True))
+    lists = seconds(lambda: list_loop(generated[:few], train, k)) * images / few
     table = Table(
         title=f"{images} x {images} images of {channels}x{size}x{size}, k={k}, {torch.get_num_threads()} threads"
     )

@@ -86,17 +86,15 @@ def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resumi
     `flwr run` exits with 0 even when the run failed, so the truth is asked of the SuperLink afterwards.
     """
     log_file = directory.path / "flower.log"
-    with tempfile.TemporaryDirectory(prefix="ret-fl-") as home, log_file.open("a") as log:
-        environment = _environment(home)
-        with _superlink(environment, home, log_file):
-            settings = Path(home) / "run.toml"
-            settings.write_text(to_toml(_settings(directory, config, resuming)))
-            command = ["flwr", "run", str(app), "--stream", "--run-config", str(settings)]
-            command += ["--federation-config", _federation(config, nodes)]
-            code = subprocess.run(
-                command, env=environment, stdout=None if verbose else log, stderr=subprocess.STDOUT, check=False
-            ).returncode
-            status, details = _outcome(environment) if code == 0 else ("not started", f"flwr run exited with {code}")
+    with isolated_superlink(log_file) as environment, log_file.open("a") as log:
+        settings = Path(environment["FLWR_HOME"]) / "run.toml"
+        settings.write_text(to_toml(_settings(directory, config, resuming)))
+        command = ["flwr", "run", str(app), "--stream", "--run-config", str(settings)]
+        command += ["--federation-config", _federation(config, nodes)]
+        code = subprocess.run(
+            command, env=environment, stdout=None if verbose else log, stderr=subprocess.STDOUT, check=False
+        ).returncode
+        status, details = _outcome(environment) if code == 0 else ("not started", f"flwr run exited with {code}")
     if status != "finished:completed":
         raise RunFailedError(f"the run ended as {status}. {details}\n{_last_error(log_file)}\nLog: {log_file}")
 
@@ -122,18 +120,23 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _superlink(environment: dict[str, str], home: str, log_file: Path) -> Iterator[None]:
-    """A local SuperLink in simulation mode. Started here rather than by `flwr run`, whose outlives the run."""
-    port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
-    control = f"127.0.0.1:{environment['FLWR_LOCAL_CONTROL_API_PORT']}"
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-    command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
-    command += ["--database", str(Path(home) / "state.db")]
-    with log_file.open("a") as log:
+def isolated_superlink(log_file: Path) -> Iterator[dict[str, str]]:
+    """A local SuperLink in simulation mode, and the environment in which `flwr` finds it.
+
+    Started here rather than by `flwr run`, whose SuperLink outlives the run and keeps the environment of whoever
+    started it first.
+    """
+    with tempfile.TemporaryDirectory(prefix="ret-fl-", ignore_cleanup_errors=True) as home, log_file.open("a") as log:
+        environment = _environment(home)
+        port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+        control = f"127.0.0.1:{environment['FLWR_LOCAL_CONTROL_API_PORT']}"
+        command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
+        command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
+        command += ["--database", str(Path(home) / "state.db")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
-            yield
+            yield environment
         finally:
             _end(process)
 

@@ -161,6 +161,7 @@ class TrainReport:
         "bin_mean",
         "bin_count",
     )
+    _INTEGERS = ("ids", "visits", "skips", "draws", "memorized", "high_loss", "bank_visits", "bin_count")
     _METRICS = ("images", "seconds", "loss", "skip_rate", "spread")
     _SCALARS = ("shard", "round", "start", "moments")
 
@@ -194,8 +195,11 @@ class TrainReport:
         if not np.isfinite(list(values.values())).all():
             raise ProtocolError(f"the report's metrics are not finite: {values}")
         weight = cast(float, metrics[NUM_EXAMPLES])
-        if not weight > 0:
+        if not 0 < weight < float("inf"):
             raise ProtocolError(f"the report counts {weight} examples")
+        odd = [k for k in cls._ARRAYS if arrays[k].ndim != 1 or arrays[k].dtype.kind != "if"[k not in cls._INTEGERS]]
+        if odd:
+            raise ProtocolError(f"the report's {', '.join(odd)} are not columns of whole numbers, or of floats")
         if any(len(arrays[key]) != len(arrays["ids"]) for key in cls._PER_SAMPLE):
             raise ProtocolError("the report's columns have unequal length")
         report = cls(
@@ -239,6 +243,6 @@ class Hello:
 
     @classmethod
     def unpack(cls, record: RecordDict) -> Hello:
-        if ORDER not in record.config_records:
+        if set(record.config_records.get(ORDER, {})) != set(cls.__dataclass_fields__):
             raise ProtocolError(f"not a hello: it has {sorted(record)}")
         return cls(**dict(record.config_records[ORDER]))  # type: ignore[arg-type]

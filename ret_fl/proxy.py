@@ -122,18 +122,20 @@ class ProxyTrainer:
         self.optimizer.state.clear()
         self.step_count = moments.step if moments else 0
         if moments:
+            # as the parameter lies in memory: fused AdamW pairs up elements by address, whatever the strides say
             for name, parameter in self.unet.named_parameters():
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(moments.updates), device=self.device),
-                    "exp_avg": moments.first[name].to(parameter),
-                    "exp_avg_sq": moments.second[name].to(parameter),
+                    "exp_avg": torch.empty_like(parameter).copy_(moments.first[name]).detach(),
+                    "exp_avg_sq": torch.empty_like(parameter).copy_(moments.second[name]).detach(),
                 }
 
     def weights(self) -> State:
         """The raw and EMA weights as float32 arrays."""
         parts = {"raw.": self.unet, "ema.": self.ema.module}
         return {
-            prefix + name: value.detach().cpu().contiguous().numpy()
+            # a copy: on the CPU the tensor is the model itself, which trains on
+            prefix + name: value.detach().cpu().contiguous().numpy().copy()
             for prefix, module in parts.items()
             for name, value in module.state_dict().items()
         }
@@ -182,7 +184,7 @@ class Round:
         self.bank.visits.copy_(torch.from_numpy(order.bank_visits))
         self.gate: Gate = make_gate(agc, self.bank, torch.from_numpy(order.log_ratio).to(device))
         self.log = LossLog(len(order.ids), timesteps)
-        self.strength = torch.from_numpy(order.strength).to(device)
+        self.strength = torch.tensor(order.strength, device=device)
         policy = self.config.taa.policy if self.config.taa.policy != "auto" else kind
         self.augment = taa.Augmenter(policy, self.config.taa.ops, self.config.taa.magnitude)  # type: ignore[arg-type]
         self.queue = taa.AugmentQueue(self.config.batch_size)

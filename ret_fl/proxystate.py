@@ -62,7 +62,8 @@ class ProxyFiles:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 meta = file.metadata()
-        except (FileNotFoundError, SafetensorError, OSError) as error:
+            step, updates = int(meta["step"]), int(meta["updates"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning(
                 "shard %d: no usable state of round %d here (%s): Adam's moments start fresh", shard, round, error
             )
@@ -72,8 +73,8 @@ class ProxyFiles:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         moments = Moments(
-            step=int(meta["step"]),
-            updates=int(meta["updates"]),
+            step=step,
+            updates=updates,
             first=part("first."),
             second=part("second."),
         )

@@ -15,7 +15,7 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from torch.utils.tensorboard import SummaryWriter
 
-from ret_fl.checkpoint import Checkpoint, save_checkpoint
+from ret_fl.checkpoint import Checkpoint, save_checkpoint, write_atomically
 from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits
 from ret_fl.data.store import SampleStore
@@ -52,7 +52,7 @@ class RunRecorder:
     def _forget_rounds_after(self, round: int) -> None:
         """A resumed run does rounds again whose rows may be there already."""
         rows = [row for row in self.run.rows() if row["round"] <= round]
-        self.run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(self.run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Record the round Flower has just finished; 0 is the state before the first."""
@@ -66,11 +66,12 @@ class RunRecorder:
         row = last.row()
         if self._evaluates(last.round) and last.aggregated:
             row |= self._losses(weights)
-        self._checkpoint(last.round, weights)
+        # the row first: a round without checkpoint is done again and its row taken back, a lost row stays lost
         with self.run.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._checkpoint(last.round, weights)
         metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         for key, value in metrics.items():
             self.board.add_scalar(key, value, last.round)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
+from ret_fl.mitigation.losslog import BINS
 from ret_fl.protocol import Hello, ProtocolError, TrainOrder, TrainReport, base_content, payload_bytes
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import is_due, parse_policy, propose, quarantined, shard_fits
@@ -237,7 +238,7 @@ class RedistributeEnsemble(Strategy):
         list(self.base.configure_train(server_round, arrays, config, grid))
         self._open = _Open(time.monotonic(), arrays=arrays)
         for shard in range(self.ledger.num_shards):
-            order = self._order(round, shard)
+            order = self.order(round, shard)
             content = order.pack(arrays)
             node = nodes[shard % len(nodes)]
             self._open.orders[shard] = order
@@ -245,7 +246,8 @@ class RedistributeEnsemble(Strategy):
             self._open.bytes_down += payload_bytes(content)
         return list(self._open.messages.values())
 
-    def _order(self, round: int, shard: int) -> TrainOrder:
+    def order(self, round: int, shard: int) -> TrainOrder:
+        """What the client that trains `shard` in `round` needs to know."""
         ids = self.ledger.ids(shard)
         state = self.shards[shard]
         return TrainOrder(
@@ -255,7 +257,8 @@ class RedistributeEnsemble(Strategy):
             shard=shard,
             round=round,
             proxy_round=state.proxy_round,
-            start="proxy" if round > 1 and not self.aggregates(round - 1) else "global",
+            # a proxy that missed an average (its reply was lost) is older than the global weights
+            start="proxy" if not any(map(self.aggregates, range(state.proxy_round, round))) else "global",
             upload=self.aggregates(round),
             ids=ids,
             probability=self.ledger.probability[ids] / self._copies(ids),
@@ -361,6 +364,8 @@ class RedistributeEnsemble(Strategy):
             told = getattr(report, name)
             if told.shape != getattr(state, name).shape or not np.isfinite(told).all():
                 raise ProtocolError(f"its {name} has a wrong shape or is not finite")
+        if any(x.shape != (BINS,) or not np.isfinite(x).all() for x in (report.bin_mean, report.bin_count)):
+            raise ProtocolError("its noise bins (bin_mean, bin_count) have a wrong shape or are not finite")
         if not self.aggregates(round):
             return
         if weights is None:

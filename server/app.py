@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "results: %s", run.path)
 
     data = load_splits(config.data)
-    strategy, weights = _resumed(config, data, checkpoint) if checkpoint else _fresh(config, data)
+    strategy, weights = _resumed(config, data, checkpoint) if checkpoint else fresh_strategy(config, data)
     _warn_of_duplicates(config, data, strategy.ledger)
     recorder = RunRecorder(run, config, strategy, data)
     strategy.greet(grid)
@@ -54,7 +54,8 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "finished: %s", run.summary)
 
 
-def _fresh(config: RunConfig, data: DataSplits) -> tuple[RedistributeEnsemble, State]:
+def fresh_strategy(config: RunConfig, data: DataSplits) -> tuple[RedistributeEnsemble, State]:
+    """Strategy and first weights of a new run."""
     train = data.train
     labels = None if train.labels is None else train.labels.numpy()
     shard = partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)

@@ -1,6 +1,10 @@
 """Exact nearest neighbours in squared L2 distance, at the speed of a matrix product and within a memory bound."""
 
 import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,9 +14,8 @@ Images = Tensor | np.ndarray
 
 # Candidates kept beyond k, so that rounding in the float32 product seldom forces a second, wider search.
 SPARE_CANDIDATES = 14
-# Rows gathered for the direct distances should stay in a CPU's cache: five times faster than streaming them. Smaller
-# chunks cost more thread barriers than they save, above all on a busy machine.
-CACHE_ELEMENTS = 2**20
+# Rows that one thread gathers for direct distances should stay in its cache: five times faster than streaming them.
+CACHE_ELEMENTS = 2**18
 MAX_TILE = (2048, 8192)
 # Relative rounding of each factor of a float32 product, by torch.set_float32_matmul_precision (float32, TF32, bf16).
 FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-9}
@@ -67,7 +70,7 @@ def nearest(
         points: [N, ...], as in `pixel_rows`, with the same number of pixels.
         k: neighbours per query, 1 <= k <= N.
         device: where to compute; by default where `queries` are.
-        memory_mb: bound on the working memory beyond inputs and outputs.
+        memory_mb: bound on the tensors held beyond inputs and outputs (not on the BLAS library's own buffers).
 
     Returns:
         Squared distances float64 [G, k], ascending, and indices int64 [G, k] into `points`, both on the CPU.
@@ -141,14 +144,35 @@ def _candidates(q: Tensor, p: Tensor, width: int, elements: int) -> tuple[Tensor
 def _direct_distances(q: Tensor, p: Tensor, index: Tensor, elements: int) -> Tensor:
     """float64 [G, M]: sum((g - x)^2) for the points of `index` [G, M]."""
     count, dim = index.shape[1], p.shape[1]
-    scratch = min(elements // 2, CACHE_ELEMENTS) if q.device.type == "cpu" else elements // 2
+    on_cpu = q.device.type == "cpu"
+    scratch = min(elements // (4 * torch.get_num_threads()), CACHE_ELEMENTS) if on_cpu else elements // 2
     cols = min(count, max(1, scratch // dim))
     rows = max(1, scratch // (cols * dim))
     exact = torch.empty(index.shape, dtype=torch.float64, device=q.device)
-    for row in range(0, len(q), rows):
+
+    def fill(row: int) -> None:
         g = q[row : row + rows, None]
         for col in range(0, count, cols):
             picked = index[row : row + rows, col : col + cols]
             gap = p.index_select(0, picked.flatten()).view(*picked.shape, dim).sub_(g).square_()
             exact[row : row + rows, col : col + cols] = gap.sum(-1, dtype=torch.float64)
+
+    if on_cpu:
+        # Torch's own threads would meet after each of these small steps, which costs seconds on a busy machine.
+        with one_thread_operations() as threads, ThreadPoolExecutor(threads) as pool:
+            deque(pool.map(fill, range(0, len(q), rows)), maxlen=0)
+    else:
+        for row in range(0, len(q), rows):
+            fill(row)
     return exact
+
+
+@contextmanager
+def one_thread_operations() -> Iterator[int]:
+    """Torch runs each operation on the thread that calls it; yields the number of threads it was allowed before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ret_fl.audit.distances import Images, nearest, pixel_rows, require_same_size
+from ret_fl.audit.distances import Images, nearest, one_thread_operations, pixel_rows, require_same_size
 
 FEATURES = 64
 MIN_SIDE = 8
@@ -112,13 +112,9 @@ def train_classifier(
         model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:]))
     if cache is not None and _load_cached(model, cache, recipe):
         return model
-    threads = torch.get_num_threads()
-    # One thread: the same weights on any number of cores, and such small layers gain nothing from more.
-    torch.set_num_threads(1)
-    try:
+    # The same weights on any number of cores, and such small layers gain nothing from more.
+    with one_thread_operations():
         _fit(model, unit, target, seed, epochs)
-    finally:
-        torch.set_num_threads(threads)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_name(cache.name + ".part")

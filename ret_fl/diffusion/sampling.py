@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -20,10 +21,9 @@ def start_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Te
     Image i has its own generator, so it is the same image in every batch size, on every device and for every
     model: what differs between two models' samples is the models.
     """
-    generator = torch.Generator()
-    return torch.stack(
-        [torch.randn(shape, generator=generator.manual_seed((seed << 32) + i)) for i in range(first, first + count)]
-    )
+    # Philox is keyed by both numbers; torch's CPU generator would keep only the low 32 bits of a seed
+    images = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in range(first, first + count)]
+    return torch.from_numpy(np.stack([image.standard_normal(shape, np.float32) for image in images]))
 
 
 @torch.no_grad()

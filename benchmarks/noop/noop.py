@@ -1,0 +1,31 @@
+"""Server sends `values` floats to every client, every client sends them back; times of the rounds go to `out`."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+server = ServerApp()
+client = ClientApp()
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})})
+    return Message(content, reply_to=message)
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    arrays = ArrayRecord({"x": Array(np.zeros(int(config["values"]), np.float32))})
+    times = []
+    FedAvg(fraction_evaluate=0.0).start(
+        grid, arrays, int(config["rounds"]), evaluate_fn=lambda round, arrays: times.append(time.monotonic())
+    )
+    Path(str(config["out"])).write_text(json.dumps(times))

@@ -1,0 +1,110 @@
+"""What a proxy's training step costs over a bare loop: forward, backward, fused AdamW, EMA on the same batch.
+
+    python -m benchmarks.step [--preset tiny] [--batch-size 32] [--side 8]
+
+Both loops are timed in turn, in blocks, in this one process and thread; the ratio of the medians counts. Ours does
+more: it fetches images by ID, draws timesteps and noise, clips, gates by AGC, updates the bank and logs losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ret_fl.config import RunConfig
+from ret_fl.data.store import SampleStore
+from ret_fl.diffusion.models import build_unet
+from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.protocol import TrainOrder
+from ret_fl.proxy import ProxyTrainer, Round, resolve_device
+
+
+def bare_loop(config: RunConfig, store: SampleStore, device: torch.device) -> Callable[[int], None]:
+    """The least that trains this model: the batch is on the device already."""
+    unet = build_unet(config.model, store.image_shape, 0, 0).to(device, memory_format=torch.channels_last)
+    objective = Objective(make_scheduler(config.diffusion), device)
+    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(config.ema.decay))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.optimizer.lr, fused=device.type in ("cpu", "cuda"))
+    images = objective.folded(store.fetch(torch.arange(config.batch_size), device)[0])
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            t, noise = objective.draw(images)
+            objective.losses(unet, images, t, noise, None).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update_parameters(unet)
+
+    return steps
+
+
+def our_loop(config: RunConfig, store: SampleStore, device: torch.device) -> Callable[[int], None]:
+    """The product's own step."""
+    n, cells = len(store), config.diffusion.timesteps
+    trainer = ProxyTrainer(config, store.image_shape, 0, device)
+    trainer.load(trainer.weights(), None)
+    ones = np.ones(n, np.float32)
+    order = TrainOrder(
+        config=config,
+        run_key="benchmark",
+        fingerprint=store.fingerprint,
+        shard=0,
+        round=1,
+        proxy_round=0,
+        start="global",
+        upload=True,
+        ids=np.arange(n),
+        probability=ones,
+        strength=0 * ones,
+        log_ratio=np.full(n, np.nan, np.float32),
+        bank_values=np.zeros(cells, np.float32),
+        bank_visits=np.zeros(cells, np.int64),
+    )
+    round_ = Round(trainer, order, store, "glyph")
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            round_.batch(torch.randint(n, (config.batch_size,)))
+
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", help="model.preset (default: tiny)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--side", type=int, default=8, help="image side in pixels (default: 8)")
+    parser.add_argument("--blocks", type=int, default=15, help="timed blocks of each loop (default: 15)")
+    parser.add_argument("--steps", type=int, default=20, help="steps a block (default: 20)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    device = resolve_device("auto")
+    flat = {"model.preset": args.preset, "batch-size": args.batch_size, "model.pixel-unshuffle": 1}
+    config = RunConfig.from_flat(flat)
+    pixels = torch.randint(256, (4 * args.batch_size, 1, args.side, args.side), dtype=torch.uint8)
+    store = SampleStore(pixels)
+    loops = {"bare": bare_loop(config, store, device), "proxy": our_loop(config, store, device)}
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for steps in loops.values():
+        steps(5)
+    for _ in range(args.blocks):
+        for name, steps in loops.items():
+            began = time.perf_counter()
+            steps(args.steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - began) / args.steps)
+    pairs = [ours / bare for bare, ours in zip(times["bare"], times["proxy"], strict=True)]
+    for name, seconds in times.items():
+        print(f"{name:>6}: {statistics.median(seconds) * 1e3:8.2f} ms a step (median of {args.blocks} blocks)")
+    print(f" ratio: {statistics.median(pairs):8.3f} (median of pairs; {min(pairs):.3f} to {max(pairs):.3f})")
+
+
+if __name__ == "__main__":
+    main()
