@@ -73,7 +73,7 @@ def run(
     try:
         app_path = check_app(app_folder)
         directory, config = _resumed(resume, preset, changes) if resume else _begun(preset, changes, out)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         raise _stop(error) from None
     try:
         _drive(engine, app_path, directory, config, nodes or config.shards, resuming=bool(resume), verbose=verbose)
@@ -95,18 +95,24 @@ def run(
 
 
 def _begun(preset: Path | None, changes: list[str] | None, out: Path | None) -> tuple[RunDir, RunConfig]:
-    from ret_fl.redistribution import parse_policy
     from ret_fl.settings import new_run
 
-    directory, config = new_run(_settings(preset, changes), out)
-    parse_policy(config.redistribution.policy)
-    return directory, config
+    return new_run(_run_settings(preset, changes), out)
 
 
 def _resumed(resume: Path, preset: Path | None, changes: list[str] | None) -> tuple[RunDir, RunConfig]:
     from ret_fl.settings import change_run
 
-    return change_run(resume, _settings(preset, changes))
+    return change_run(resume, _run_settings(preset, changes))
+
+
+def _run_settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
+    """Settings, with the policy checked before any folder is made or changed (the config alone cannot)."""
+    from ret_fl.redistribution import parse_policy
+
+    settings = _settings(preset, changes)
+    parse_policy(str(settings.get("redistribution.policy", "none")))
+    return settings
 
 
 def _drive(
@@ -168,6 +174,7 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Draw images from a trained model."""
+    import torch
     from rich.progress import Progress
 
     from ret_fl.diffusion.sampling import draw_images, load_pipeline
@@ -179,6 +186,10 @@ def sample(
         unet, scheduler, fold = load_pipeline(folder)
     except (OSError, ValueError) as error:
         raise _stop(f"{folder} holds no model that ret-fl can draw from: {error}") from None
+    try:
+        place = torch.empty(0, device=resolve_device(device)).device
+    except (RuntimeError, AssertionError) as error:
+        raise _stop(f"--device {device}: {error}") from None
     with Progress() as progress:
         task = progress.add_task("drawing", total=count)
         images = draw_images(
@@ -188,7 +199,7 @@ def sample(
             seed=seed,
             steps=steps,
             fold=fold,
-            device=resolve_device(device),
+            device=place,
             on_progress=lambda done: progress.update(task, completed=done),
         )
     save_images(images, out)

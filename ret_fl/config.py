@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -291,12 +292,18 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     return " and ".join([schema["type"], *bounds]) if bounds else schema["type"]
 
 
+@cache
+def _properties(section: type[Section]) -> Mapping[str, Any]:
+    """JSON schema of each setting of a section, by dashed name. Cached: every order is packed and unpacked by it."""
+    return section.model_json_schema(by_alias=True)["properties"]
+
+
 def describe(config: RunConfig | None = None) -> Iterator[Setting]:
     """Every setting of `config` (default: the default run), in the order they are declared."""
     config = RunConfig() if config is None else config
 
     def walk(section: Section, prefix: str) -> Iterator[Setting]:
-        properties = type(section).model_json_schema(by_alias=True)["properties"]
+        properties = _properties(type(section))
         for name in type(section).model_fields:
             value = getattr(section, name)
             if isinstance(value, Section):

@@ -88,7 +88,7 @@ def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resumi
     log_file = directory.path / "flower.log"
     with isolated_superlink(log_file) as environment, log_file.open("a") as log:
         settings = Path(environment["FLWR_HOME"]) / "run.toml"
-        settings.write_text(to_toml(_settings(directory, config, resuming)))
+        settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
         command = ["flwr", "run", str(app), "--stream", "--run-config", str(settings)]
         command += ["--federation-config", _federation(config, nodes)]
         code = subprocess.run(

@@ -149,6 +149,8 @@ class ShardLedger:
             raise LedgerError(f"shard {report.shard} reports impossible visit or skip counts")
         if (report.draws < 0).any() or not np.isfinite(report.log_ratio_sum).all():
             raise LedgerError(f"shard {report.shard} reports impossible losses")
+        if np.isnan(report.strength).any():
+            raise LedgerError(f"shard {report.shard} reports impossible augmentation strengths")
 
     def absorb(self, report: TrainReport) -> None:
         """Add what a client learned of its samples; refuses foreign samples, then changes nothing."""

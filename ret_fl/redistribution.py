@@ -148,8 +148,10 @@ def is_due(config: RunConfig, round: int) -> bool:
     Where proxies are averaged every n-th round only, samples move in between, while proxies still differ (the
     paper's swap between aggregations); `redistribution.period` skips opportunities.
     """
-    between = config.aggregate_every == 1 or round % config.aggregate_every != 0
-    return between and (round // config.aggregate_every) % config.redistribution.period == 0
+    every = config.aggregate_every
+    between = every == 1 or round % every != 0
+    opportunity = round if every == 1 else round - round // every
+    return between and opportunity % config.redistribution.period == 0
 
 
 def propose(
@@ -159,12 +161,22 @@ def propose(
     rng: np.random.Generator,
     config: RedistributionConfig,
 ) -> Moves:
-    """Moves of several policies in turn; a sample claimed by an earlier one stays claimed."""
+    """Moves of several policies in turn; a sample claimed by an earlier one stays claimed.
+
+    Together they could take the last sample of a small shard; such a shard then gives nothing.
+    """
     parts: list[Moves] = []
     for policy in policies:
         taken = Moves.join(parts).ids
         parts.append(policy(ledger, reports, rng, config).without(taken))
-    return Moves.join(parts)
+    moves = Moves.join(parts)
+    while True:
+        after = ledger.shard.copy()
+        after[moves.ids] = moves.target
+        emptied = ~np.isin(moves.source, after)
+        if not emptied.any():
+            return moves
+        moves = moves.without(moves.ids[emptied])
 
 
 def quarantined(ledger: ShardLedger, config: QuarantineConfig) -> NDArray[np.bool_]:

@@ -49,8 +49,14 @@ def _flatten(table: Mapping[str, Any], prefix: str) -> dict[str, Scalar]:
 
 def to_toml(flat: Mapping[str, Scalar]) -> str:
     """Flat settings as the text of a TOML file."""
-    # JSON's texts, numbers and booleans are TOML's too
-    return "".join(f"{key} = {json.dumps(value)}\n".replace("Infinity", "inf") for key, value in flat.items())
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flat.items())
+
+
+def _toml_value(value: Scalar) -> str:
+    if isinstance(value, float):
+        return repr(value)  # 1e-05, inf and nan are TOML's too
+    # JSON's other scalars are TOML's, but for the surrogate pairs it escapes to and the DEL it does not escape
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def new_run(settings: Mapping[str, Scalar], out: Path | None) -> tuple[RunDir, RunConfig]:

@@ -78,7 +78,7 @@ def load_pipeline(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
     """U-Net, scheduler and fold factor of a folder written by `save_pipeline`, or of any DDPM/DDIM pipeline."""
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    unet = UNet2DModel.from_pretrained(folder / "unet")
+    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     note = folder / FOLD_FILE
     fold = json.loads(note.read_text())["pixel_unshuffle"] if note.is_file() else 1

@@ -1,0 +1,149 @@
+"""What the tests share: one torch thread, tiny settings, and federations in one process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.serverapp.strategy import Result, Strategy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # server/, clients/ and simulations/ are the app, not part of the installed package
+
+from clients.app import app as client_app  # noqa: E402
+from ret_fl.config import RunConfig, Scalar  # noqa: E402
+from ret_fl.data.partition import partition  # noqa: E402
+from ret_fl.data.sources import load_splits  # noqa: E402
+from ret_fl.diffusion.models import build_unet  # noqa: E402
+from ret_fl.ledger import ShardLedger  # noqa: E402
+from ret_fl.protocol import State, pack_state, unpack_state  # noqa: E402
+from ret_fl.proxy import ProxyTrainer  # noqa: E402
+from ret_fl.rundir import RunDir  # noqa: E402
+from ret_fl.strategy import RedistributeEnsemble, RoundSummary  # noqa: E402
+from simulations.inline import InlineGrid, run_inline  # noqa: E402
+
+TINY: dict[str, Scalar] = {
+    "data.limit": 24,
+    "shards": 2,
+    "num-server-rounds": 2,
+    "local-epochs": 1,
+    "batch-size": 8,
+    "optimizer.warmup-steps": 3,
+    "samples": 0,
+    "evaluate-every": 0,
+    "device": "cpu",
+    "threads": 1,
+    "wait-seconds": 0.1,
+}
+"""Digits, a few steps a round: a run takes about a second."""
+
+PLAIN: dict[str, Scalar] = {"agc.mode": "off", "redistribution.policy": "none", "data.duplicates": "keep"}
+"""No mitigation at all: what is left is federated averaging."""
+
+Client = Callable[[Message, Context], Message]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def flower_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """caplog that hears Flower's logger too, which does not propagate."""
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
+    """Tiny settings with changes on top; clients keep their state in the test's own folder."""
+
+    def make(*changes: Mapping[str, Scalar]) -> RunConfig:
+        flat = TINY | {"state-dir": str(tmp_path / "proxies")}
+        for change in changes:
+            flat |= change
+        return RunConfig.from_flat(flat)
+
+    return make
+
+
+def fresh_weights(config: RunConfig) -> State:
+    """The weights a run of this config starts from."""
+    train = load_splits(config.data).train
+    state = build_unet(config.model, train.image_shape, train.num_classes, config.seed).state_dict()
+    return {f"{part}.{name}": value.numpy() for part in ("raw", "ema") for name, value in state.items()}
+
+
+def make_trainer(config: RunConfig, device: str = "cpu") -> ProxyTrainer:
+    train = load_splits(config.data).train
+    return ProxyTrainer(config, train.image_shape, train.num_classes, torch.device(device))
+
+
+@dataclass
+class Federation:
+    """A strategy on an in-process grid, and what its rounds left behind."""
+
+    config: RunConfig
+    grid: InlineGrid
+    strategy: RedistributeEnsemble
+    start: State
+    rounds: list[RoundSummary] = field(default_factory=list)
+    owners: list[list[int]] = field(default_factory=list)
+    result: Result | None = None
+
+    def run(self, rounds: int | None = None) -> State:
+        """Greet, train, and return the final weights."""
+        self.strategy.greet(self.grid)
+        rounds = rounds or self.config.num_server_rounds
+        self.result = self.strategy.start(self.grid, pack_state(self.start), rounds, evaluate_fn=self._note)
+        return unpack_state(self.result.arrays)
+
+    def _note(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round and self.strategy.last is not None:
+            self.rounds.append(self.strategy.last)
+            self.owners.append(self.strategy.ledger.shard.tolist())
+        return None
+
+
+def make_federation(
+    config: RunConfig, client: Client = client_app, nodes: int | None = None, base: Strategy | None = None
+) -> Federation:
+    """A federation of real clients, or of `client` in their place."""
+    train = load_splits(config.data).train
+    labels = None if train.labels is None else train.labels.numpy()
+    shard = partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)
+    strategy = RedistributeEnsemble(
+        ShardLedger.start(shard, config.shards),
+        config,
+        fingerprint=train.fingerprint,
+        content=train.content_hashes,
+        run_key="test",
+        base=base,
+    )
+    grid = InlineGrid(client, nodes or config.shards, config.to_flat())  # type: ignore[arg-type]
+    return Federation(config, grid, strategy, fresh_weights(config))
+
+
+@pytest.fixture
+def federate() -> Callable[..., Federation]:
+    return make_federation
+
+
+def run_server(config: RunConfig, out: Path, client: Client = client_app, *, resume: bool = False) -> RunDir:
+    """The whole ServerApp in this process, into `out`, as `ret-fl run --engine inline` does it."""
+    import server.app
+
+    flat = config.to_flat() | {"out": str(out), "state-dir": str(out / "proxies")}
+    if resume:
+        flat |= {"resume": str(out)}
+    run_inline(server.app.app, client, flat, config.shards)  # type: ignore[arg-type]
+    return RunDir(out)

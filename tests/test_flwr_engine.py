@@ -1,0 +1,98 @@
+"""`ret-fl run` through Flower's real simulation engine: the same result as inline, honest exit codes, nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PLAIN, ROOT, TINY, run_server
+
+from ret_fl.checkpoint import load_latest
+from ret_fl.config import RunConfig, Scalar
+from ret_fl.rundir import RunDir
+
+pytestmark = pytest.mark.flower
+
+MARK = "RET_FL_TEST_RUN"
+
+
+def processes_of(mark: str) -> list[str]:
+    """Command lines of living processes that inherited our mark: SuperLink, Ray, actors, whatever they started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # not ours to read, or gone
+            continue
+    return found
+
+
+def run_flwr(out: Path, settings: Mapping[str, Scalar], home: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+    mark = uuid.uuid4().hex
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    answer = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from ret_fl.cli import app; app()",
+            "run",
+            "--app",
+            str(ROOT),
+            "--out",
+            str(out),
+            *sets,
+        ],
+        env=os.environ | {MARK: mark, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    return answer, mark
+
+
+def assert_nothing_is_left(mark: str) -> None:
+    deadline = time.monotonic() + 20  # processes that were told to end may take a moment
+    while (left := processes_of(mark)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def test_flowers_engine_trains_the_same_model_as_the_inline_one(tmp_path: Path) -> None:
+    settings = TINY | {"agc.t-max": 1000, "wait-seconds": 60}
+    answer, mark = run_flwr(tmp_path / "flwr", settings, tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "round 2/2" in answer.stdout
+    assert_nothing_is_left(mark)
+    inline = run_server(RunConfig.from_flat(settings), tmp_path / "inline")
+    flwr = RunDir(tmp_path / "flwr")
+    ours, theirs = load_latest(flwr.checkpoints), load_latest(inline.checkpoints)
+    assert ours.round == theirs.round == 2
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name, value in ours.weights.items():
+        np.testing.assert_allclose(value, theirs.weights[name], rtol=0, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(ours.ledger.visits, theirs.ledger.visits)
+    np.testing.assert_array_equal(ours.ledger.shard, theirs.ledger.shard)
+    assert [r["bytes_up"] for r in flwr.rows()] == [r["bytes_up"] for r in inline.rows()]
+    assert flwr.summary.is_file()
+
+
+def test_a_run_that_fails_under_flower_exits_with_the_reason(tmp_path: Path) -> None:
+    """`flwr run` itself exits with 0 here."""
+    diverging: Mapping[str, Scalar] = {"optimizer.lr": 1e12, "optimizer.warmup-steps": 0, "local-epochs": 4}
+    answer, mark = run_flwr(tmp_path / "run", TINY | PLAIN | diverging | {"wait-seconds": 60}, tmp_path)
+    assert answer.returncode == 1
+    for words in ("optimizer.lr", "quorum", str(tmp_path / "run" / "flower.log")):
+        assert words in answer.stderr
+    assert "Traceback" not in answer.stdout + answer.stderr
+    assert not (tmp_path / "run" / "summary.md").exists()
+    assert_nothing_is_left(mark)

@@ -1,0 +1,484 @@
+"""A proxy trains as a plain loop would, skips what it should, and keeps and tells what it must."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLAIN, fresh_weights, make_trainer
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from ret_fl.config import RunConfig, Scalar
+from ret_fl.data.sources import load_splits
+from ret_fl.diffusion.models import build_unet
+from ret_fl.diffusion.objective import make_scheduler
+from ret_fl.protocol import State, TrainOrder
+from ret_fl.proxy import ProxyDivergedError, TrainedProxy, round_seed, train_proxy, visit_plan
+from ret_fl.proxystate import Moments, ProxyFiles, ProxyState
+
+Tiny = Callable[..., RunConfig]
+
+ALL_T: dict[str, Scalar] = {"agc.t-max": 1000}
+SKIP_ALL = 1e9
+"""A bank value no loss comes near: AGC skips everything below t-max."""
+
+
+def make_order(config: RunConfig, *, round: int = 1, bank: float = 0.0, **changes: object) -> TrainOrder:
+    ids = np.arange(3, 3 + 20, dtype=np.int64)
+    cells = config.agc.bins or config.diffusion.timesteps
+    order = TrainOrder(
+        config=config,
+        run_key="test",
+        fingerprint=load_splits(config.data).train.fingerprint,
+        shard=1,
+        round=round,
+        proxy_round=round - 1,
+        start="global",
+        upload=True,
+        ids=ids,
+        probability=np.ones(len(ids), np.float32),
+        strength=np.zeros(len(ids), np.float32),
+        log_ratio=np.full(len(ids), np.nan, np.float32),
+        bank_values=np.full(cells, bank, np.float32),
+        bank_visits=np.full(cells, 100 if bank else 0, np.int64),
+    )
+    return replace(order, **changes)  # type: ignore[arg-type]
+
+
+def train(
+    config: RunConfig,
+    order: TrainOrder | None = None,
+    weights: State | None = None,
+    state: ProxyState | None = None,
+    device: str = "cpu",
+) -> TrainedProxy:
+    data = load_splits(config.data)
+    start = fresh_weights(config) if weights is None else weights
+    return train_proxy(make_trainer(config, device), order or make_order(config), start, data.train, data.kind, state)
+
+
+def assert_equal_states(left: State, right: State) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not np.array_equal(left[name], right[name])]
+    assert not different
+
+
+def differ(left: State, right: State) -> bool:
+    return any(not np.array_equal(left[name], right[name]) for name in left)
+
+
+def assert_equal_moments(left: Moments, right: Moments) -> None:
+    assert left.updates == right.updates
+    for mine, theirs in ((left.first, right.first), (left.second, right.second)):
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+# --- the same as a plain loop -----------------------------------------------------------------------------------
+
+
+class PlainLoop:
+    """Denoising training as anyone would write it: no gate, no bank, no report. It owns its model all along."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.data = load_splits(config.data).train
+        self.noise = make_scheduler(config.diffusion)
+        unet = build_unet(config.model, self.data.image_shape, self.data.num_classes, config.seed)
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.ema = {name: p.detach().clone() for name, p in self.unet.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), weight_decay=config.optimizer.weight_decay, fused=True
+        )
+        self.steps = 0
+
+    def round(self, order: TrainOrder) -> None:
+        settings = self.config.optimizer
+        seed = round_seed(self.config.seed, order.round, order.shard)
+        plan = visit_plan(order.probability, self.config.local_epochs * len(order.ids), np.random.default_rng(seed))
+        torch.manual_seed(seed)
+        self.unet.train()
+        for position in np.array_split(plan, -(-len(plan) // self.config.batch_size)):
+            images, _ = self.data.fetch(torch.from_numpy(order.ids[position]))
+            t = torch.randint(1000, (len(images),))
+            noise = torch.randn_like(images)
+            noisy = self.noise.add_noise(images, noise, t).contiguous(memory_format=torch.channels_last)
+            loss = (self.unet(noisy, t).sample - noise).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.unet.parameters(), settings.grad_clip)
+            self.steps += 1
+            self.optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, self.steps / settings.warmup_steps)
+            self.optimizer.step()
+            for name, value in self.unet.state_dict().items():
+                self.ema[name] += (1 - self.config.ema.decay) * (value - self.ema[name])
+
+    def state(self) -> State:
+        raw = {f"raw.{name}": value.numpy() for name, value in self.unet.state_dict().items()}
+        return raw | {f"ema.{name}": value.numpy() for name, value in self.ema.items()}
+
+
+def assert_close_states(left: State, right: State, tolerance: float) -> None:
+    assert left.keys() == right.keys()
+    assert max(float(np.abs(left[name] - right[name]).max()) for name in left) <= tolerance
+
+
+def test_without_mitigation_a_round_equals_a_plain_training_loop(tiny: Tiny) -> None:
+    config = tiny(PLAIN, {"local-epochs": 3})
+    order = make_order(config)
+    plain = PlainLoop(config)
+    plain.round(order)
+    trained = train(config, order).weights
+    assert_close_states(trained, plain.state(), 1e-6)
+    assert differ(trained, fresh_weights(config))
+
+
+def test_carried_moments_make_three_rounds_one_training_run(tiny: Tiny, tmp_path: Path) -> None:
+    """Through the client's files, and through a U-Net whose memory layout is not that of the files."""
+    config = tiny(PLAIN, {"local-epochs": 2})
+    files = ProxyFiles(tmp_path, "test")
+    plain, weights = PlainLoop(config), fresh_weights(config)
+    for number in (1, 2, 3):
+        order = make_order(config, round=number)
+        plain.round(order)
+        trained = train(config, order, weights, files.load(order.shard, number - 1))
+        files.save(order.shard, number, trained.state, keep=1)
+        weights = trained.weights
+    assert_close_states(weights, plain.state(), 1e-6)
+
+
+def test_moments_are_carried_only_where_asked_and_there(tiny: Tiny) -> None:
+    carrying, forgetting = tiny(PLAIN), tiny(PLAIN, {"optimizer.carry-moments": False})
+    first = train(carrying)
+    order = make_order(carrying, round=2)
+    carried = train(carrying, order, first.weights, first.state)
+    lost = train(carrying, order, first.weights, None)
+    not_asked = train(forgetting, order, first.weights, first.state)
+    assert [r.report.moments for r in (first, carried, lost, not_asked)] == ["fresh", "carried", "fresh", "fresh"]
+    assert carried.state.moments.updates == 2 * first.state.moments.updates
+    assert lost.state.moments.updates == first.state.moments.updates
+    assert differ(carried.weights, lost.weights)
+    assert_equal_states(lost.weights, not_asked.weights)
+
+
+def test_a_proxy_goes_on_from_its_own_weights_only_where_told(tiny: Tiny) -> None:
+    config = tiny(PLAIN)
+    held = train(config, make_order(config, upload=False))
+    assert held.state.weights is not None
+    on = train(config, make_order(config, round=2, start="proxy"), fresh_weights(config), held.state)
+    anew = train(config, make_order(config, round=2, start="global"), fresh_weights(config), held.state)
+    lost = train(config, make_order(config, round=2, start="proxy"), fresh_weights(config), None)
+    by_hand = train(config, make_order(config, round=2), held.weights, held.state)
+    assert [r.report.start for r in (on, anew, lost)] == ["proxy", "global", "global"]
+    assert_equal_states(on.weights, by_hand.weights)
+    assert differ(on.weights, anew.weights)
+
+
+def test_uploaded_weights_are_not_kept_a_second_time(tiny: Tiny) -> None:
+    assert train(tiny(PLAIN)).state.weights is None
+
+
+# --- AGC --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mem_ratio_without_bound_trains_exactly_as_agc_off(tiny: Tiny) -> None:
+    off, infinite = tiny(PLAIN), tiny(PLAIN, ALL_T, {"agc.mode": "agc", "agc.mem-ratio": 1e30})
+    left, right = train(off, make_order(off, bank=0.5)), train(infinite, make_order(infinite, bank=0.5))
+    assert_equal_states(left.weights, right.weights)
+    assert_equal_moments(left.state.moments, right.state.moments)
+    assert right.report.skip_rate == 0
+
+
+def test_agc_changes_training_where_it_skips(tiny: Tiny) -> None:
+    off, on = tiny(PLAIN), tiny(PLAIN, ALL_T, {"agc.mode": "agc"})
+    left, right = train(off, make_order(off, bank=1.0)), train(on, make_order(on, bank=1.0))
+    assert 0 < right.report.skip_rate < 1
+    assert differ(left.weights, right.weights)
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_batches_skipped_whole_leave_weights_moments_and_ema_alone(tiny: Tiny, carried: bool) -> None:
+    """Though AdamW would decay the weights and its moments even at zero gradient."""
+    config = tiny(ALL_T, {"optimizer.weight-decay": 0.5, "local-epochs": 2})
+    before = train(config)
+    state = before.state if carried else None
+    after = train(config, make_order(config, round=2, bank=SKIP_ALL), before.weights, state)
+    assert after.report.skip_rate == 1
+    assert differ(before.weights, fresh_weights(config))
+    assert_equal_states(before.weights, after.weights)
+    if carried:
+        assert_equal_moments(before.state.moments, after.state.moments)
+    else:
+        assert after.state.moments.updates == 0
+        assert all(not m.any() for m in after.state.moments.second.values())
+    assert (after.report.skips == after.report.visits).all()
+    touched = after.report.bank_visits > 100
+    assert (after.report.bank_values[touched] < SKIP_ALL).all()  # the bank learns from skipped losses too
+    assert (after.report.bank_values[~touched] == np.float32(SKIP_ALL)).all()
+
+
+def test_random_skips_come_at_their_rate_and_below_t_max(tiny: Tiny) -> None:
+    config = tiny(ALL_T, {"agc.mode": "random", "agc.random-rate": 0.5, "local-epochs": 20, "model.preset": "tiny"})
+    assert 0.4 < train(config).report.skip_rate < 0.6  # 400 draws: four standard errors
+    assert train(tiny(ALL_T, {"agc.mode": "random", "agc.random-rate": 0.5, "agc.t-max": 1})).report.skip_rate < 0.1
+
+
+# --- which sample is visited when -------------------------------------------------------------------------------
+
+probabilities = st.lists(st.floats(0.0078125, 1, width=32), min_size=1, max_size=30)
+
+
+@given(probabilities, st.integers(1, 200), st.integers(0, 2**31))
+def test_the_number_of_visits_does_not_depend_on_the_probabilities(
+    chances: list[float], visits: int, seed: int
+) -> None:
+    plan = visit_plan(np.array(chances, np.float32), visits, np.random.default_rng(seed))
+    assert plan.shape == (visits,)
+    assert plan.min() >= 0
+    assert plan.max() < len(chances)
+
+
+@given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 2**31))
+def test_equal_probabilities_give_whole_passes_in_fresh_order(n: int, passes: int, seed: int) -> None:
+    plan = visit_plan(np.full(n, 0.3, np.float32), n * passes, np.random.default_rng(seed)).reshape(passes, n)
+    assert (np.sort(plan, axis=1) == np.arange(n)).all()
+
+
+def test_visits_follow_the_probabilities() -> None:
+    chance = np.repeat(np.array([1, 0.5, 0.25, 0.05], np.float32), 50)
+    counts = np.bincount(visit_plan(chance, 40_000, np.random.default_rng(0)), minlength=len(chance))
+    frequency = counts.reshape(4, 50).sum(axis=1) / counts[:50].sum()
+    np.testing.assert_allclose(frequency, [1, 0.5, 0.25, 0.05], atol=0.02)
+
+
+def test_a_quarantined_shard_sees_as_many_images(tiny: Tiny) -> None:
+    config = tiny({"local-epochs": 4})
+    chance = np.where(np.arange(20) < 5, np.float32(0.25), np.float32(1))
+    report = train(config, make_order(config, probability=chance)).report
+    assert report.visits.sum() == report.images == 80
+    assert report.visits[:5].mean() < report.visits[5:].mean()
+
+
+# --- reports ----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_report_speaks_of_every_sample_in_the_orders_order(tiny: Tiny) -> None:
+    config = tiny(ALL_T, {"local-epochs": 3})
+    order = make_order(config, bank=1.0)
+    report = train(config, order).report
+    assert report.num_examples == len(order.ids)
+    np.testing.assert_array_equal(report.ids, order.ids)
+    assert (report.visits == 3).all()
+    assert report.skip_rate == pytest.approx(report.skips.sum() / report.visits.sum())
+    assert (report.draws <= report.visits).all()
+    assert report.draws.sum() == report.bin_count.sum()
+    assert abs(report.log_ratio_sum.sum()) < 1e-9  # ratios to the shard's own mean
+
+
+def test_both_tails_are_ranked(tiny: Tiny) -> None:
+    config = tiny(ALL_T, {"local-epochs": 5, "report-tail": 0.25})
+    report = train(config, make_order(config, bank=1.0)).report
+    place = {int(i): k for k, i in enumerate(report.ids)}
+    rates = report.skips / report.visits
+    ratio = np.where(report.draws > 0, report.log_ratio_sum / np.maximum(report.draws, 1), -np.inf)
+    told = [rates[place[int(i)]] for i in report.memorized]
+    assert len(told) == 5
+    assert told == sorted(rates, reverse=True)[:5]
+    np.testing.assert_allclose(report.memorized_score, told, rtol=1e-6)
+    np.testing.assert_allclose(report.high_loss_score, sorted(ratio, reverse=True)[:5], rtol=1e-5)
+
+
+def test_a_tails_report_names_only_the_tails(tiny: Tiny) -> None:
+    full, tails = (tiny(ALL_T, {"local-epochs": 5, "report-tail": 0.1, "report": kind}) for kind in ("full", "tails"))
+    whole, part = train(full, make_order(full, bank=1.0)), train(tails, make_order(tails, bank=1.0))
+    assert_equal_states(whole.weights, part.weights)
+    assert set(part.report.ids) == set(part.report.memorized) | set(part.report.high_loss)
+    assert 0 < len(part.report.ids) <= 4
+    assert part.report.num_examples == 20  # the weight in the average is still the shard's
+    place = np.searchsorted(whole.report.ids, part.report.ids)
+    for column in ("visits", "skips", "draws", "log_ratio_sum", "strength"):
+        np.testing.assert_array_equal(getattr(part.report, column), getattr(whole.report, column)[place])
+
+
+def test_nobody_is_called_memorized_where_nothing_was_skipped(tiny: Tiny) -> None:
+    report = train(tiny(PLAIN)).report
+    assert len(report.memorized) == 0
+    assert len(report.high_loss) > 0
+
+
+# --- TAA --------------------------------------------------------------------------------------------------------
+
+
+def taa(mode: str, **more: Scalar) -> Mapping[str, Scalar]:
+    return ALL_T | {"taa.mode": mode} | {f"taa.{key}": value for key, value in more.items()}
+
+
+def test_next_visit_raises_the_strength_of_what_was_nearly_skipped(tiny: Tiny) -> None:
+    config = tiny(taa("next-visit", momentum=0.25))
+    skipped = train(config, make_order(config, bank=SKIP_ALL)).report
+    np.testing.assert_allclose(skipped.strength, 0.75)
+    far = train(config, make_order(config, bank=1e-6)).report
+    assert (far.strength == 0).all()
+    between = train(config, make_order(config, bank=1.0)).report.strength
+    assert ((between > 0) & (between <= 0.75)).all()
+    assert len(np.unique(between)) > 5
+
+
+def test_next_visit_augments_by_the_strength_the_order_carries(tiny: Tiny) -> None:
+    config = tiny(taa("next-visit", magnitude=30.0))
+    strong = np.ones(20, np.float32)
+    plain, augmented = (train(config, make_order(config, strength=s)) for s in (0 * strong, strong))
+    assert differ(plain.weights, augmented.weights)
+    assert plain.report.images == augmented.report.images == 20
+
+
+def test_two_pass_band_trains_clean_where_losses_are_far_from_the_threshold(tiny: Tiny) -> None:
+    config, off = tiny(taa("two-pass-band")), tiny(ALL_T)
+    far = train(config, make_order(config))
+    assert_equal_states(far.weights, train(off).weights)
+    assert far.report.images == 20
+
+
+def test_two_pass_band_redraws_augmented_what_is_in_the_band(tiny: Tiny) -> None:
+    config = tiny(taa("two-pass-band", bar=1e12))  # the band holds every kept loss
+    trained = train(config, make_order(config, bank=1.0))
+    kept = 20 - int(trained.report.skips.sum())
+    assert 0 < kept < 20
+    assert trained.report.images == 20 + kept
+    assert trained.state.moments.updates == -(-kept // 8)  # no clean step, then the redraws in batches of 8
+
+
+def test_two_pass_all_trains_only_on_augmented_redraws(tiny: Tiny) -> None:
+    config = tiny(taa("two-pass-all"))
+    trained = train(config, make_order(config, bank=1.0))
+    kept = 20 - int(trained.report.skips.sum())
+    assert 0 < kept < 20
+    assert trained.report.images == kept
+    assert trained.state.moments.updates == -(-kept // 8)
+    assert trained.report.visits.sum() == 20
+    nothing = train(config, make_order(config, bank=SKIP_ALL))
+    assert nothing.report.images == 0
+    assert_equal_states(nothing.weights, fresh_weights(config))
+
+
+# --- hygiene ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_order_trains_the_same_proxy_and_leaves_everything_it_was_given(tiny: Tiny) -> None:
+    config = tiny(taa("next-visit"))
+    data, trainer = load_splits(config.data), make_trainer(config)
+    first = train_proxy(trainer, make_order(config), fresh_weights(config), data.train, data.kind, None)
+    order = make_order(config, round=2, bank=1.0)
+    rng = torch.get_rng_state()
+
+    def second() -> TrainedProxy:
+        return train_proxy(trainer, order, first.weights, data.train, data.kind, first.state)
+
+    once, twice = second(), second()
+    assert_equal_states(once.weights, twice.weights)
+    assert_equal_moments(once.state.moments, twice.state.moments)
+    np.testing.assert_array_equal(once.report.strength, twice.report.strength)
+    assert not order.strength.any()
+    assert (order.bank_values == 1).all()
+    assert torch.equal(rng, torch.get_rng_state())
+    assert_equal_states(first.weights, train(config).weights)
+
+
+def test_shards_and_rounds_draw_different_noise(tiny: Tiny) -> None:
+    config = tiny(PLAIN)
+    results = [train(config, make_order(config, **change)) for change in ({}, {"shard": 2}, {"round": 2})]
+    assert len({r.report.loss for r in results}) == 3
+
+
+def test_training_that_diverges_says_what_to_change(tiny: Tiny) -> None:
+    config = tiny(PLAIN, {"optimizer.lr": 1e12, "optimizer.warmup-steps": 0, "local-epochs": 4})
+    with pytest.raises(ProxyDivergedError, match=r"shard 1, round 1.*optimizer\.lr"):
+        train(config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_trains_the_same_proxy(tiny: Tiny) -> None:
+    config = tiny(ALL_T, {"precision": "fp32", "device": "cuda"})
+    before = train(config, device="cuda")
+    after = train(config, make_order(config, round=2, bank=SKIP_ALL), before.weights, before.state, device="cuda")
+    assert differ(before.weights, fresh_weights(config))
+    assert_equal_states(before.weights, after.weights)
+    assert_equal_moments(before.state.moments, after.state.moments)
+    one = train(config, make_order(config, round=2), before.weights, before.state, device="cuda")
+    other = train(config, make_order(config, round=2), before.weights, before.state, device="cpu")
+    assert one.report.moments == "carried"
+    # the CPU draws other noise: the same kind of step, not the same step
+    assert one.state.moments.updates == other.state.moments.updates
+
+
+# --- what a client keeps ----------------------------------------------------------------------------------------
+
+
+def a_state(*, weights: bool = True) -> ProxyState:
+    g = torch.Generator().manual_seed(0)
+    shape = (3, 2, 4, 4)
+    strange = torch.randn(shape, generator=g).to(memory_format=torch.channels_last)
+    moments = Moments(step=12, updates=9, first={"a.b": strange}, second={"a.b": torch.rand(shape, generator=g)})
+    own = {"raw.a": np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32), "ema.a": np.zeros((), np.float32)}
+    return ProxyState(moments, own if weights else None)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_kept_proxy_comes_back_exactly(tmp_path: Path, weights: bool) -> None:
+    state = a_state(weights=weights)
+    ProxyFiles(tmp_path, "run").save(2, 7, state, keep=1)
+    back = ProxyFiles(tmp_path, "run").load(2, 7)
+    assert back is not None
+    assert back.moments.step == 12
+    assert_equal_moments(back.moments, state.moments)
+    if weights:
+        assert back.weights is not None
+        assert_equal_states(back.weights, state.weights or {})
+    else:
+        assert back.weights is None
+
+
+def test_a_kept_proxy_is_found_by_its_own_run_shard_and_round_alone(tmp_path: Path) -> None:
+    ProxyFiles(tmp_path, "run").save(2, 7, a_state(), keep=1)
+    found = [ProxyFiles(tmp_path, run).load(s, r) for run, s, r in (("other", 2, 7), ("run", 1, 7), ("run", 2, 6))]
+    assert found == [None, None, None]
+
+
+def test_old_rounds_are_dropped_by_shard(tmp_path: Path) -> None:
+    files = ProxyFiles(tmp_path, "run")
+    files.save(0, 1, a_state(), keep=2)
+    for number in range(1, 6):
+        files.save(1, number, a_state(), keep=2)
+    assert [number for number in range(1, 6) if files.load(1, number)] == [3, 4, 5]
+    assert files.load(0, 1) is not None
+    assert sorted(p.suffix for p in tmp_path.rglob("*") if p.is_file()) == [".safetensors"] * 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
+def test_a_damaged_file_is_a_missing_one_and_says_so(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = ProxyFiles(tmp_path, "run")
+    files.save(2, 7, a_state(), keep=1)
+    path = next(tmp_path.rglob("*.safetensors"))
+    content = path.read_bytes()
+    if damage == "other":
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": bytes(range(256))}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert files.load(2, 7) is None
+    assert "shard 2: no usable state of round 7" in caplog.text
+
+
+def test_nothing_is_missed_before_the_first_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert ProxyFiles(tmp_path, "run").load(0, 0) is None
+    assert not caplog.text
