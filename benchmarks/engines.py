@@ -11,6 +11,7 @@ floats (benchmarks/noop), both in Flower's simulation with as many clients.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -86,7 +87,7 @@ def noop_rounds(folder: Path, values: int) -> list[float]:
         command += ["--federation-config", f"num-supernodes={SHARDS} client-resources-num-cpus=1"]
         subprocess.run(command, env=environment, check=True, capture_output=True)
     times = json.loads(out.read_text())
-    return [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times[1:])]
 
 
 def simulation_against_floor(folder: Path) -> None:

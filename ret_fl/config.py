@@ -31,7 +31,14 @@ def _dashed(name: str) -> str:
 class Section(BaseModel):
     """A frozen group of settings whose outside names are dashed (`mem_ratio` is ``mem-ratio``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=_dashed, populate_by_name=True)
+    # numbers are text where text is wanted: `--set name=5`
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=_dashed,
+        populate_by_name=True,
+        coerce_numbers_to_str=True,
+    )
 
 
 class DataConfig(Section):
@@ -184,7 +191,7 @@ class QuarantineConfig(Section):
     share: float = Field(
         0.0, ge=0, lt=1, description="Share of all samples quarantined (lowest log-ratios); 0: those below z."
     )
-    z: float = Field(-2.0, lt=0, description="With share 0: samples whose robust z-score is below this.")
+    z: float = Field(-1.5, lt=0, description="With share 0: samples whose robust z-score is below this.")
     probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
     every: int = Field(1, ge=1, description="Choose anew every n rounds.")
     min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")

@@ -67,11 +67,11 @@ class RunRecorder:
         if self._evaluates(last.round) and last.aggregated:
             row |= self._losses(weights)
         # the row first: a round without checkpoint is done again and its row taken back, a lost row stays lost
-        self._checkpoint(last.round, weights)
         with self.run.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._checkpoint(last.round, weights)
         metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         for key, value in metrics.items():
             self.board.add_scalar(key, value, last.round)

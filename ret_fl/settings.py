@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import tomllib
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ def parse_change(text: str) -> tuple[str, Scalar]:
     try:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    if isinstance(parsed, datetime.date | datetime.time):
         parsed = value.strip()
     if not isinstance(parsed, bool | int | float | str):
         raise ConfigError(f"--set {key}: {value!r} is not one number, true or false, or text")

@@ -258,7 +258,7 @@ class RedistributeEnsemble(Strategy):
             round=round,
             proxy_round=state.proxy_round,
             # a proxy that missed an average (its reply was lost) is older than the global weights
-            start="proxy" if round > 1 and not self.aggregates(round - 1) else "global",
+            start="proxy" if not any(map(self.aggregates, range(state.proxy_round, round))) else "global",
             upload=self.aggregates(round),
             ids=ids,
             probability=self.ledger.probability[ids] / self._copies(ids),

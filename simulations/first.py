@@ -57,7 +57,8 @@ ROWS: dict[str, tuple[str, dict[str, Scalar]]] = {
         "IET+AGC+MSR (25 % most skipped, between averagings)",
         {"redistribution.policy": "memorized", "redistribution.fraction": 0.25, "aggregate-every": 2},
     ),
-    "quarantine": ("IET+AGC + quarantine, z < -2", QUARANTINE),
+    "quarantine-z2": ("IET+AGC + quarantine, z < -2", QUARANTINE | {"quarantine.z": -2.0}),
+    "quarantine": ("IET+AGC + quarantine, z < -1.5 (the default)", QUARANTINE),
     "quarantine-20": ("IET+AGC + quarantine, lowest 20 %", QUARANTINE | {"quarantine.share": 0.2}),
     "default": (
         "**the shipped default** (balance + quarantine, copies weighted)",

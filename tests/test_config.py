@@ -90,7 +90,6 @@ def test_a_section_is_no_setting(section: str) -> None:
         ("data.held-out", 1.0, "number and >= 0 and < 1"),
         ("quarantine.z", 0.0, "number and < 0"),
         ("compile", "perhaps", "boolean"),
-        ("name", 7, "string"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_key_value_and_what_is_allowed(
@@ -264,3 +263,8 @@ class TestPresets:
         (tmp_path / "list.toml").write_text("shards = [1, 2]\n")
         with pytest.raises(ConfigError, match=r"shards = \[1, 2\] is not allowed \(integer"):
             RunConfig.from_flat(read_preset(tmp_path / "list.toml"))
+
+
+def test_a_number_given_for_a_text_is_taken_as_text() -> None:
+    assert RunConfig.from_flat({"name": 7}).name == "7"
+    assert parse_change("name=2026-01-01") == ("name", "2026-01-01")

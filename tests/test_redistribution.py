@@ -317,10 +317,20 @@ def test_policies_change_neither_ledger_nor_reports() -> None:
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("period", [1, 2, 3])
 def test_samples_move_at_every_nth_opportunity_between_averagings(every: int, period: int) -> None:
-    config = RunConfig.from_flat({"aggregate-every": every, "redistribution.period": period})
-    rounds = range(1, 40)
+    flat = {"aggregate-every": every, "redistribution.period": period, "num-server-rounds": 41}
+    config = RunConfig.from_flat(flat)
+    rounds = range(1, 41)
     opportunities = [r for r in rounds if every == 1 or r % every]
     assert [r for r in rounds if is_due(config, r)] == opportunities[period - 1 :: period]
+
+
+def test_nothing_moves_after_the_last_round() -> None:
+    assert not is_due(RunConfig.from_flat({"num-server-rounds": 5}), 5)
+
+
+def test_two_ring_policies_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="memorized and random"):
+        parse_policy("memorized+quarantine+random")
 
 
 class TestParsePolicy:
@@ -331,7 +341,7 @@ class TestParsePolicy:
             ("memorized", ["memorized"], False),
             ("none", [], False),
             ("quarantine", [], True),
-            (" random + high-loss ", ["random", "high-loss"], False),
+            (" random + balance ", ["random", "balance"], False),
         ],
     )
     def test_names_become_policies_in_their_order(self, text: str, names: list[str], quarantine: bool) -> None:

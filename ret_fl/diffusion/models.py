@@ -31,7 +31,7 @@ def _preset(
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 8x8 and folded 16x16 images on a CPU: about 0.5 M parameters
+    # 8x8 and folded 16x16 images on a CPU: 0.63 M parameters
     "tiny": _preset((32, 64), 1, set(), 8, False),
     # 16x16 and 32x32 images on a CPU or a small GPU
     "small": _preset((32, 64, 64), 1, {2}, 8, True),
@@ -70,7 +70,8 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
     if folded[1] % 2 ** (levels - 1) or folded[1] < 2**levels:
         raise ConfigError(
             f"model.preset={config.preset} halves the image {levels - 1} times, which does not fit a side of "
-            f"{folded[1]}: choose a smaller preset, or a data.image-size divisible by {2 ** (levels - 1) * fold}"
+            f"{folded[1]}: choose a smaller preset, or a data.image-size that is a multiple of "
+            f"{2 ** (levels - 1) * fold} and at least {2**levels * fold}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,7 +10,6 @@ would learn to draw them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -110,15 +109,14 @@ class AugmentQueue:
         """position int64 [m] on the CPU, strength float [m]."""
         self.waiting.append((position, strength))
 
-    def batches(self, *, flush: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, *, flush: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Whole batches of (position, strength); with `flush` what is left over too."""
         if not self.waiting:
-            return
+            return []
         position, strength = (torch.cat(column) for column in zip(*self.waiting, strict=True))
         whole = len(position) if flush else len(position) // self.batch_size * self.batch_size
         self.waiting = [(position[whole:], strength[whole:])]
-        yield from (
-            zip(position[:whole].split(self.batch_size), strength[:whole].split(self.batch_size), strict=True)
-            if whole
-            else ()
-        )
+        if not whole:
+            return []
+        pieces = (column[:whole].split(self.batch_size) for column in (position, strength))
+        return list(zip(*pieces, strict=True))
