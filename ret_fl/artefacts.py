@@ -58,10 +58,9 @@ def _copies(run: RunDir, data: DataSplits, images: Tensor) -> CopyReport | None:
         return None
     canaries = data.canaries if len(data.canaries) else None
     report = copy_report(images, data.train.unit(), data.reference.unit(), canaries=canaries)
-    closest = report.ratio.argsort()[: pictures.PAIRS]
-    pictures.save_pairs(
-        images[closest], data.train.unit(report.index[closest]), report.ratio[closest], run.path / "copies.png"
-    )
+    originals = data.train.unit(report.index)
+    pairs = pictures.closest_pairs("", images, originals, report.ratio, report.index)
+    pictures.save_pairs([pairs], run.path / "copies.png")
     return report
 
 
@@ -98,8 +97,8 @@ def _summary(
         lines += ["Samples of the final model:", "", "![Samples](samples.png)", ""]
     if copies is not None:
         lines += [
-            "The samples closest to a training image (upper) with that image (lower) and the ratio r of the distance "
-            "to it and to the nearest reference image; below 0.3 it counts as a copy:",
+            "The samples closest to a training image with that image below, one for each training image. r is the "
+            "squared distance to it over that to the nearest reference image; below 0.3 it counts as a copy:",
             "",
             "![Closest](copies.png)",
             "",

@@ -134,11 +134,14 @@ def isolated_superlink(log_file: Path) -> Iterator[dict[str, str]]:
         command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
         command += ["--database", str(Path(home) / "state.db")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        # SIGTERM (a batch system, `timeout`) would end Python without the `finally` below
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             _wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
             yield environment
         finally:
             _end(process)
+            signal.signal(signal.SIGTERM, before)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> None:

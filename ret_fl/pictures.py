@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import Tensor
 
@@ -58,27 +61,52 @@ def save_images(images: Tensor, out: Path) -> None:
         Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(out / f"{i:06d}.png")
 
 
-def save_pairs(generated: Tensor, originals: Tensor, ratio: Tensor, path: Path) -> None:
-    """Generated images above their nearest training image, with the ratio under each pair: [n, C, H, W], [n]."""
-    count = len(generated)
-    columns = min(8, count)
-    blocks = math.ceil(count / columns)
-    figure = Figure(figsize=(1.1 * columns, 2.5 * blocks), layout="constrained")
+@dataclass(frozen=True)
+class Pairs:
+    """Generated images float [n, C, H, W] in [0, 1], the training image each is closest to, the ratio [n]."""
+
+    title: str
+    generated: Tensor
+    originals: Tensor
+    ratio: Tensor
+
+
+def closest_pairs(
+    title: str, generated: Tensor, originals: Tensor, ratio: Tensor, index: Tensor, count: int = PAIRS
+) -> Pairs:
+    """The `count` samples of lowest ratio, one for each training image: a model often copies the same one.
+
+    generated, originals: float [G, C, H, W]; ratio: [G]; index: int64 [G], which training image `originals` are.
+    """
+    order = ratio.argsort()
+    _, first = np.unique(index[order].numpy(), return_index=True)
+    chosen = order[torch.from_numpy(np.sort(first))[:count]]
+    return Pairs(title, generated[chosen], originals[chosen], ratio[chosen])
+
+
+def save_pairs(panels: Sequence[Pairs], path: Path) -> None:
+    """Generated images above their training images, ratios above each pair; several panels stand side by side."""
+    columns = 8 if len(panels) == 1 else 4
+    blocks = math.ceil(max(len(p.ratio) for p in panels) / columns)
+    figure = Figure(figsize=(1.15 * columns * len(panels), 2.5 * blocks), layout="constrained")
+    for panel, part in zip(panels, figure.subfigures(1, len(panels), squeeze=False)[0], strict=True):
+        part.suptitle(panel.title, fontsize=11)
+        _draw_pairs(part, panel, blocks, columns)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_pairs(figure: SubFigure, panel: Pairs, blocks: int, columns: int) -> None:
     grid = figure.subplots(2 * blocks, columns, squeeze=False)
-    upper, lower = _array(generated), _array(originals)
     for axes in grid.flat:
-        axes.axis("off")
-    for i in range(count):
-        row, column = 2 * (i // columns), i % columns
-        grid[row][column].imshow(upper[i])
-        grid[row + 1][column].imshow(lower[i])
-        grid[row][column].set_title(f"r = {float(ratio[i]):.2f}", fontsize=8)
-    for block in range(blocks):
-        grid[2 * block][0].text(-0.12, 0.5, "generated", rotation=90, va="center", ha="right", fontsize=8,
-                                transform=grid[2 * block][0].transAxes)  # fmt: skip
-        grid[2 * block + 1][0].text(-0.12, 0.5, "training", rotation=90, va="center", ha="right", fontsize=8,
-                                    transform=grid[2 * block + 1][0].transAxes)  # fmt: skip
-    figure.savefig(path, dpi=150)
+        axes.set(xticks=[], yticks=[])
+        axes.set_frame_on(False)
+    for line in range(2 * blocks):
+        grid[line][0].set_ylabel(("generated", "training")[line % 2], fontsize=8)
+    for i, (upper, lower) in enumerate(zip(_array(panel.generated), _array(panel.originals), strict=True)):
+        line, column = 2 * (i // columns), i % columns
+        grid[line][column].imshow(upper)
+        grid[line + 1][column].imshow(lower)
+        grid[line][column].set_title(f"r = {float(panel.ratio[i]):.2f}", fontsize=8, pad=2)
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -2,6 +2,7 @@
 
     python -m simulations.first --out runs/first --jobs 2        # about an hour on two cores; resumable
     python -m simulations.first --out runs/first --table
+    python -m simulations.first --out runs/first --rows central,default --picture docs/copies.png
 
 Every row is a run of the real ServerApp and ClientApps on the inline engine; all are sampled from the same starting
 noise and measured in the same features. A row whose result is there is not run again.
@@ -204,6 +205,29 @@ def table(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def picture(root: Path, rows: Sequence[str], path: Path) -> None:
+    """The samples of each row (seed 0) closest to a training image, side by side."""
+    import numpy as np
+    import torch
+
+    from ret_fl.audit.replication import copy_report
+    from ret_fl.data.sources import load_splits
+    from ret_fl.pictures import closest_pairs, save_pairs
+    from ret_fl.rundir import RunDir
+
+    panels = []
+    for row in rows:
+        run = RunDir.existing(root / f"{row}-s0")
+        data = load_splits(run.read_config().data)
+        assert data.reference is not None
+        images = torch.from_numpy(np.load(run.samples)).float() / 255
+        train = data.train.unit()
+        report = copy_report(images, train, data.reference.unit())
+        title = f"{ROWS[row][0].replace('*', '')}: {report.rate:.1%} of samples are copies"
+        panels.append(closest_pairs(title, images, train[report.index], report.ratio, report.index, count=8))
+    save_pairs(panels, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/first"), help="folder of the runs")
@@ -211,12 +235,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1", help="training seeds (default: 0,1)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="closest samples of two --rows, side by side")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     root = args.out.absolute()
     if args.table:
         print(table(root), end="")
+    elif args.picture:
+        picture(root, args.rows.split(","), args.picture)
     elif args.one:
         run_row(args.one, args.seed, root / f"{args.one}-s{args.seed}", _random_rate(root, args.one, args.seed))
     else:

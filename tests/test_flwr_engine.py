@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,10 @@ def assert_nothing_is_left(mark: str) -> None:
 
 def test_flowers_engine_trains_the_same_model_as_the_inline_one(tmp_path: Path) -> None:
     settings = TINY | {"agc.t-max": 1000, "wait-seconds": 60}
-    answer, mark = run_flwr(tmp_path / "flwr", settings, tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    answer = run_flwr(tmp_path / "flwr", settings)
+    assert answer.code == 0, answer.stderr
     assert "round 2/2" in answer.stdout
-    assert_nothing_is_left(mark)
+    assert_nothing_is_left(answer.mark)
     inline = run_server(RunConfig.from_flat(settings), tmp_path / "inline")
     flwr = RunDir(tmp_path / "flwr")
     ours, theirs = load_latest(flwr.checkpoints), load_latest(inline.checkpoints)
@@ -89,10 +90,19 @@ def test_flowers_engine_trains_the_same_model_as_the_inline_one(tmp_path: Path) 
 def test_a_run_that_fails_under_flower_exits_with_the_reason(tmp_path: Path) -> None:
     """`flwr run` itself exits with 0 here."""
     diverging: Mapping[str, Scalar] = {"optimizer.lr": 1e12, "optimizer.warmup-steps": 0, "local-epochs": 4}
-    answer, mark = run_flwr(tmp_path / "run", TINY | PLAIN | diverging | {"wait-seconds": 60}, tmp_path)
-    assert answer.returncode == 1
+    answer = run_flwr(tmp_path / "run", TINY | PLAIN | diverging | {"wait-seconds": 60})
+    assert answer.code == 1
     for words in ("optimizer.lr", "quorum", str(tmp_path / "run" / "flower.log")):
         assert words in answer.stderr
     assert "Traceback" not in answer.stdout + answer.stderr
     assert not (tmp_path / "run" / "summary.md").exists()
-    assert_nothing_is_left(mark)
+    assert_nothing_is_left(answer.mark)
+
+
+@pytest.mark.slow
+def test_ending_the_command_ends_all_that_it_started(tmp_path: Path) -> None:
+    """SuperLink, Ray and its actors, though each has a session of its own; and the run can go on."""
+    answer = run_flwr(tmp_path / "run", TINY | {"wait-seconds": 60, "num-server-rounds": 500}, end_after_round=1)
+    assert answer.code not in (0, 1)
+    assert_nothing_is_left(answer.mark)
+    assert load_latest(tmp_path / "run" / "checkpoints").round >= 1

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Client, run_server
+from conftest import ROOT, TINY, Client, run_server
 from flwr.app import Context, Message, MessageType
 from PIL import Image
 
@@ -196,30 +196,26 @@ def test_a_run_killed_while_a_round_is_recorded_loses_nothing(
 def test_a_process_killed_by_the_system_resumes_by_command(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
     """`ret-fl run`, SIGKILL in the middle of a round, `ret-fl run --resume`."""
     config, out = tiny(PHASED), tmp_path / "run"
-    settings = config.to_flat() | {"state-dir": "", "local-epochs": 2}
-    command = [sys.executable, "-m", "ret_fl.cli", "run", "--engine", "inline", "--app", str(ROOT)]
-    script = (
-        "import os, signal, sys\n"
-        "import clients.app as c\n"
-        "real, TRAINED = c.train_proxy, []\n"
-        "def train(trainer, order, *rest):\n"
+    settings = {k: v for k, v in config.to_flat().items() if k not in ("out", "resume", "state-dir")}
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    die = (
+        "import os, signal, clients.app as clients\n"
+        "train = clients.train_proxy\n"
+        "def dying(trainer, order, *rest):\n"
         "    if (order.round, order.shard) == (3, 1): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(trainer, order, *rest)\n"
-        "c.train_proxy = train\n"
-        "from ret_fl.cli import app\n"
-        "app()\n"
+        "    return train(trainer, order, *rest)\n"
+        "clients.train_proxy = dying\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    sets = [part for key, value in settings.items() if key not in ("out", "resume") for part in
-            ("--set", f"{key}={json.dumps(value)}")]  # fmt: skip
-    options = [*command[3:], "--out", str(out), *sets]
-    killed = subprocess.run([sys.executable, "-c", script, *options], env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+
+    def ret_fl_run(before: str, *options: str) -> subprocess.CompletedProcess[str]:
+        code = before + "from ret_fl.cli import app\napp()\n"
+        command = [sys.executable, "-c", code, "run", "--engine", "inline", "--app", str(ROOT), *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    assert ret_fl_run(die, "--out", str(out), *sets).returncode == -signal.SIGKILL
     assert load_latest(out / "checkpoints").round == 2
-    resumed = subprocess.run(
-        [sys.executable, "-c", "from ret_fl.cli import app; app()", *command[3:], "--resume", str(out)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    resumed = ret_fl_run("", "--resume", str(out))
     assert resumed.returncode == 0, resumed.stderr
     assert "round 4/4" in resumed.stdout
     assert "round 2/4" not in resumed.stdout
@@ -247,8 +243,6 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A phased run killed in round 4: checkpoints of rounds 2 and 3."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    from conftest import TINY
-
     killed_at(RunConfig.from_flat(TINY | PHASED), out, 4, 1)
     return out
 
@@ -333,7 +327,8 @@ def test_what_the_checkpoint_was_made_with_cannot_change(stopped: Path, key: str
 
 
 def test_more_rounds_extend_a_finished_run(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
-    config, out = tiny(SETTINGS), tmp_path / "run"
+    still: Mapping[str, Scalar] = {"redistribution.policy": "quarantine"}  # a run's last round moves nothing
+    config, out = tiny(SETTINGS, still), tmp_path / "run"
     short = RunConfig.from_flat(config.to_flat() | {"num-server-rounds": 2})
     run_server(short, out)
     _, changed = change_run(out, {"num-server-rounds": 4})
