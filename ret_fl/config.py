@@ -185,6 +185,9 @@ class RedistributionConfig(Section):
     gap: float = Field(
         0.1, ge=0, description="balance acts while the worst shard's mean log-loss exceeds the best's by more."
     )
+    size_ratio: float = Field(
+        1.5, ge=1, description="balance acts, too, while the largest shard is more than this times the smallest."
+    )
 
 
 class QuarantineConfig(Section):

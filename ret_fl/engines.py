@@ -17,7 +17,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ret_fl.config import ConfigError, RunConfig, Scalar
@@ -158,17 +158,30 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> Non
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink with the processes it started."""
+    """End the SuperLink with all that it started: a simulation left behind would go on writing into the run's folder."""
+    groups = _groups(process.pid)
     for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            break
-        try:
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, how)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+
+
+def _groups(root: int) -> set[int]:
+    """Process groups of a process and its descendants (of itself alone where there is no /proc).
+
+    The SuperLink puts its executor, and with it the simulation and Ray, into a group of their own.
+    """
+    parents, groups = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # gone already
+            _, parent, group, *_ = file.read_text().rpartition(")")[2].split()
+            parents[int(file.parent.name)], groups[int(file.parent.name)] = int(parent), int(group)
+    family = {root}
+    while new := {child for child, parent in parents.items() if parent in family} - family:
+        family |= new
+    return {root} | {groups[member] for member in family if member in groups}
 
 
 def _federation(config: RunConfig, nodes: int) -> str:

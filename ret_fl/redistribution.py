@@ -57,25 +57,32 @@ def _top(ids: Ids, score: NDArray, count: int, rng: np.random.Generator) -> Ids:
 def balance(
     ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
 ) -> Moves:
-    """High-loss samples of the worst-fitted shard go to the best-fitted one, while they differ by more than `gap`.
+    """High-loss samples of one shard go to another, while shards are unbalanced in loss or in size.
 
-    A difference below three standard errors is noise and moves nothing. `fraction` of the giving shard moves at a
-    time; no shard falls below half the mean size, so a shard of intrinsically hard samples is not emptied.
+    In loss: the worst-fitted shard gives to the best-fitted one while they differ by more than `gap`; a difference
+    below three standard errors is noise. In size: where losses do not tell, the largest gives to the smallest while
+    it is more than `size_ratio` times as large. `fraction` of the giving shard moves at a time; no shard falls below
+    half the mean size, so a shard of intrinsically hard samples is not emptied.
     """
     fits = shard_fits(reports)
     if len(fits) < 2:
         return Moves.none()
     worst, best = fits[0], fits[-1]
     noise = 3 * float(np.hypot(worst.error, best.error))
-    if worst.log_loss - best.log_loss <= max(config.gap, noise):
+    size = ledger.sizes()
+    largest, smallest = int(size.argmax()), int(size.argmin())
+    if worst.log_loss - best.log_loss > max(config.gap, noise):
+        giver, receiver, most = worst.shard, best.shard, int(size[worst.shard])
+    elif size[largest] > config.size_ratio * size[smallest]:
+        giver, receiver, most = largest, smallest, int(size[largest] - size[smallest]) // 2
+    else:
         return Moves.none()
-    ids = ledger.ids(worst.shard)
+    ids = ledger.ids(giver)
     spare = len(ids) - max(1, len(ledger) // (2 * ledger.num_shards))
-    count = min(max(1, round(config.fraction * len(ids))), spare)
+    count = min(max(1, round(config.fraction * len(ids))), spare, most)
     if count < 1:
         return Moves.none()
-    chosen = _top(ids, ledger.log_loss_ratio()[ids], count, rng)
-    return Moves.between(chosen, worst.shard, best.shard)
+    return Moves.between(_top(ids, ledger.log_loss_ratio()[ids], count, rng), giver, receiver)
 
 
 def _receivers(config: RedistributionConfig, shards: int, rng: np.random.Generator) -> NDArray[np.int64]:

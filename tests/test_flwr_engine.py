@@ -37,28 +37,34 @@ def processes_of(mark: str) -> list[str]:
     return found
 
 
-def run_flwr(out: Path, settings: Mapping[str, Scalar], home: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+@dataclass
+class Answer:
+    """How `ret-fl run` ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    mark: str
+
+
+def run_flwr(out: Path, settings: Mapping[str, Scalar], end_after_round: int = 0) -> Answer:
+    """`ret-fl run` in its own process; with `end_after_round` SIGTERM reaches it once that round is recorded."""
     mark = uuid.uuid4().hex
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from ret_fl.cli import app; app()",
-            "run",
-            "--app",
-            str(ROOT),
-            "--out",
-            str(out),
-            *sets,
-        ],
-        env=os.environ | {MARK: mark, "HOME": str(home), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+    command = [sys.executable, "-c", "from ret_fl.cli import app; app()", "run", "--app", str(ROOT), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, *sets],
+        env=os.environ | {MARK: mark, "HOME": str(out.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=400,
     )
-    return answer, mark
+    if end_after_round:
+        while process.poll() is None and len(RunDir(out).rows()) < end_after_round:
+            time.sleep(0.2)
+        process.terminate()
+    stdout, stderr = process.communicate(timeout=400)
+    return Answer(process.returncode, stdout, stderr, mark)
 
 
 def assert_nothing_is_left(mark: str) -> None:

@@ -159,6 +159,23 @@ class TestBalance:
         ledger = ledger_of(5, 5)
         assert len(balance(ledger, fits_of(ledger, 9.0), rng(), RedistributionConfig())) == 0
 
+    def test_shards_of_unequal_size_are_evened_out_from_the_largest_to_the_smallest(self) -> None:
+        ledger = with_ratios(ledger_of(70, 20, 7, 3), np.random.default_rng(0).normal(size=100))
+        before, generator = ledger.log_loss_ratio(), rng()
+        first = balance(ledger, fits_of(ledger, 0.0, 0.0, 0.0, 0.0), generator, RedistributionConfig())
+        assert set(first.source) == {0}
+        assert set(first.target) == {3}
+        assert sorted(before[first.ids]) == sorted(before[:70])[-len(first) :]
+        for _ in range(100):
+            ledger.apply(balance(ledger, fits_of(ledger, 0.0, 0.0, 0.0, 0.0), generator, RedistributionConfig()))
+        assert ledger.sizes().max() <= 1.5 * ledger.sizes().min()
+        assert len(balance(ledger, fits_of(ledger, 0.0, 0.0, 0.0, 0.0), generator, RedistributionConfig())) == 0
+
+    def test_losses_decide_before_sizes(self) -> None:
+        ledger = ledger_of(70, 30)
+        moves = balance(ledger, fits_of(ledger, -1.0, 1.0), rng(), RedistributionConfig(fraction=0.1))
+        assert set(moves.source) == {1}
+
 
 class TestMemorized:
     def skipped(self, sizes: tuple[int, ...], visits: list[int], skips: list[int]) -> ShardLedger:
