@@ -158,7 +158,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> Non
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink with all that it started: a simulation left behind would go on writing into the run's folder."""
+    """End the SuperLink with all it started: a simulation left behind would go on writing into the run's folder."""
     groups = _groups(process.pid)
     for how in (signal.SIGTERM, signal.SIGKILL):
         for group in groups:
