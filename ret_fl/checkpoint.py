@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from ret_fl.files import sync
 from ret_fl.ledger import LedgerError, ShardLedger
 from ret_fl.protocol import State
 from ret_fl.strategy import ShardState
@@ -44,22 +44,6 @@ class Checkpoint:
     shards: list[ShardState]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file so that readers see the old or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(path)
-
-
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write into `folder` (checkpoints/), drop all but the last `keep`, and return the new checkpoint's path."""
     final = folder / f"round-{checkpoint.round:05d}"
@@ -77,11 +61,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     state = {"round": checkpoint.round, "run_key": checkpoint.run_key, "fingerprint": checkpoint.fingerprint}
     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for file in temporary.iterdir():
-        _sync(file)
+        sync(file)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -90,6 +74,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 def _folders(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first."""
     return sorted(folder.glob("round-*"), reverse=True)
+
+
+def any_checkpoint(folder: Path) -> bool:
+    """Whether a run ever saved one, readable or not."""
+    return bool(_folders(folder))
 
 
 def load_latest(folder: Path) -> Checkpoint:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
 from ret_fl.settings import to_toml
@@ -157,31 +159,18 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> Non
     raise RunFailedError(f"Flower's SuperLink did not come up within {START_SECONDS} s. Log: {log_file}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(superlink: subprocess.Popen[bytes]) -> None:
     """End the SuperLink with all it started: a simulation left behind would go on writing into the run's folder."""
-    groups = _groups(process.pid)
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        for group in groups:
-            with suppress(ProcessLookupError):
-                os.killpg(group, how)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-
-
-def _groups(root: int) -> set[int]:
-    """Process groups of a process and its descendants (of itself alone where there is no /proc).
-
-    The SuperLink puts its executor, and with it the simulation and Ray, into a group of their own.
-    """
-    parents, groups = {}, {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # gone already
-            _, parent, group, *_ = file.read_text().rpartition(")")[2].split()
-            parents[int(file.parent.name)], groups[int(file.parent.name)] = int(parent), int(group)
-    family = {root}
-    while new := {child for child, parent in parents.items() if parent in family} - family:
-        family |= new
-    return {root} | {groups[member] for member in family if member in groups}
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(superlink.pid).children(recursive=True)
+        family.append(psutil.Process(superlink.pid))
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(family, timeout=10)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    superlink.wait()
 
 
 def _federation(config: RunConfig, nodes: int) -> str:

@@ -185,8 +185,10 @@ class ShardLedger:
     def save(self, path: Path) -> None:
         """Write all columns to an .npz (no pickle), with log_loss_ratio for readers' convenience."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        with path.open("wb") as file:
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
             np.savez_compressed(file, log_loss_ratio=self.log_loss_ratio(), **columns)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> ShardLedger:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ret_fl.config import ConfigError, RunConfig
+from ret_fl.files import write_atomically
 
 
 class RunDir:
@@ -50,11 +51,19 @@ class RunDir:
         return run
 
     def read_config(self) -> RunConfig:
-        return RunConfig.from_flat(json.loads(self.config.read_text()))
+        """The run's settings; paths into the folder follow it where it was moved to. Raises `ConfigError`."""
+        try:
+            flat = json.loads(self.config.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self.config} is damaged: {error}") from None
+        before, state = flat.get("out"), flat.get("state-dir")
+        if before and state and Path(state).is_relative_to(before):
+            flat["state-dir"] = str(self.path / Path(state).relative_to(before))
+        return RunConfig.from_flat(flat | {"out": str(self.path)})
 
     def write_config(self, config: RunConfig) -> None:
         flat = config.to_flat() | {"resume": "", "out": str(self.path)}
-        self.config.write_text(json.dumps(flat, indent=2) + "\n")
+        write_atomically(self.config, json.dumps(flat, indent=2) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl, a dict a finished round; a half-written last line is left out."""

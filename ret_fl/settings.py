@@ -14,6 +14,8 @@ from ret_fl.rundir import RunDir
 
 FIXED = ("shards", "seed", "data.", "partition.", "model.", "diffusion.", "agc.bins")
 """What a resumed run cannot change: its checkpoint was made with it."""
+MOVABLE = ("data.path", "data.cache-dir")
+"""What it can: where the same data lies now. Its fingerprint is checked."""
 
 
 def parse_change(text: str) -> tuple[str, Scalar]:
@@ -78,7 +80,7 @@ def change_run(path: Path, settings: Mapping[str, Scalar]) -> tuple[RunDir, RunC
     """
     run = RunDir.existing(path)
     before = run.read_config().to_flat()
-    frozen = [k for k, v in settings.items() if k.startswith(FIXED) and v != before.get(k)]
+    frozen = [k for k, v in settings.items() if k.startswith(FIXED) and k not in MOVABLE and v != before.get(k)]
     if frozen:
         raise ConfigError(
             f"a resumed run keeps its {', '.join(frozen)} (it has {', '.join(str(before.get(k)) for k in frozen)}): "

@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from ret_fl.artefacts import finish
-from ret_fl.checkpoint import Checkpoint, load_latest
+from ret_fl.checkpoint import Checkpoint, any_checkpoint, load_latest
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.partition import partition
 from ret_fl.data.sources import DataSplits, load_splits
@@ -32,7 +32,9 @@ def main(grid: Grid, context: Context) -> None:
     if config.resume:
         run = RunDir.existing(config.resume)
         config = run.read_config()
-        checkpoint: Checkpoint | None = load_latest(run.checkpoints)
+        # a run that did not get as far as its first checkpoint is begun anew
+        begun = any_checkpoint(run.checkpoints) or bool(run.rows())
+        checkpoint: Checkpoint | None = load_latest(run.checkpoints) if begun else None
     else:
         run = RunDir.begin(config)
         checkpoint = None

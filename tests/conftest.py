@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,19 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # server/, clients/ and simulations/ are the app, not part of the installed package
+from clients.app import app as client_app
+from ret_fl.config import RunConfig, Scalar
+from ret_fl.data.partition import partition
+from ret_fl.data.sources import load_splits
+from ret_fl.diffusion.models import build_unet
+from ret_fl.ledger import ShardLedger
+from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.proxy import ProxyTrainer
+from ret_fl.rundir import RunDir
+from ret_fl.strategy import RedistributeEnsemble, RoundSummary
+from simulations.inline import InlineGrid, run_inline
 
-from clients.app import app as client_app  # noqa: E402
-from ret_fl.config import RunConfig, Scalar  # noqa: E402
-from ret_fl.data.partition import partition  # noqa: E402
-from ret_fl.data.sources import load_splits  # noqa: E402
-from ret_fl.diffusion.models import build_unet  # noqa: E402
-from ret_fl.ledger import ShardLedger  # noqa: E402
-from ret_fl.protocol import State, pack_state, unpack_state  # noqa: E402
-from ret_fl.proxy import ProxyTrainer  # noqa: E402
-from ret_fl.rundir import RunDir  # noqa: E402
-from ret_fl.strategy import RedistributeEnsemble, RoundSummary  # noqa: E402
-from simulations.inline import InlineGrid, run_inline  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY: dict[str, Scalar] = {
     "data.limit": 24,

@@ -160,7 +160,7 @@ def _before_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _within_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    sync = ret_fl.checkpoint._sync
+    sync = ret_fl.checkpoint.sync
 
     def die(path: Path) -> None:
         if path.parent.name == ".round-00003.tmp":
@@ -168,7 +168,7 @@ def _within_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
             raise Killed
         sync(path)
 
-    monkeypatch.setattr(ret_fl.checkpoint, "_sync", die)
+    monkeypatch.setattr(ret_fl.checkpoint, "sync", die)
 
 
 def _after_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +307,34 @@ def test_without_any_checkpoint_resuming_says_what_is_missing(tiny: Tiny, stoppe
         run_server(tiny(PHASED), out, resume=True)
     with pytest.raises(ConfigError, match="not the folder of a run"):
         run_server(tiny(PHASED), tmp_path / "elsewhere", resume=True)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_begun_anew(
+    tiny: Tiny, tmp_path: Path, uninterrupted: Whole
+) -> None:
+    out = tmp_path / "run"
+
+    def nobody(message: Message, context: Context) -> Message:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_server(tiny(SETTINGS), out, nobody)
+    assert_same_outcome(Outcome.of(run_server(tiny(), out, resume=True)), uninterrupted(tiny(SETTINGS)))
+
+
+def test_a_run_folder_can_be_moved(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
+    killed_at(tiny(PHASED), tmp_path / "here", round=4, shard=1)
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    assert_same_outcome(Outcome.of(run_server(tiny(), moved, resume=True)), uninterrupted(tiny(PHASED)))
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_damaged_config_is_named(stopped: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    (out / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        change_run(out, {})
 
 
 # --- changes on the way -----------------------------------------------------------------------------------------
