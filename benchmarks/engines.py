@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -61,6 +62,7 @@ def plain_round(config: RunConfig, trainer: ProxyTrainer) -> float:
 
 def inline_against_loop(folder: Path, repeats: int) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     ratios = []
     trainer = None
     for i in range(repeats):
