@@ -89,7 +89,7 @@ def save_pairs(panels: Sequence[Pairs], path: Path) -> None:
     columns = 8 if len(panels) == 1 else 4
     blocks = math.ceil(max(len(p.ratio) for p in panels) / columns)
     figure = Figure(figsize=(1.15 * columns * len(panels), 2.5 * blocks), layout="constrained")
-    for panel, part in zip(panels, figure.subfigures(1, len(panels), squeeze=False)[0], strict=True):
+    for panel, part in zip(panels, figure.subfigures(1, len(panels), squeeze=False, wspace=0.06)[0], strict=True):
         part.suptitle(panel.title, fontsize=11)
         _draw_pairs(part, panel, blocks, columns)
     figure.savefig(path, dpi=130)

@@ -223,7 +223,8 @@ def picture(root: Path, rows: Sequence[str], path: Path) -> None:
         images = torch.from_numpy(np.load(run.samples)).float() / 255
         train = data.train.unit()
         report = copy_report(images, train, data.reference.unit())
-        title = f"{ROWS[row][0].replace('*', '')}: {report.rate:.1%} of samples are copies"
+        name = ROWS[row][0].replace("*", "").split(" (")[0]
+        title = f"{name}\n{report.rate:.1%} of samples are copies"
         panels.append(closest_pairs(title, images, train[report.index], report.ratio, report.index, count=8))
     save_pairs(panels, path)
 
