@@ -71,5 +71,6 @@ def train(message: Message, context: Context) -> Message:
     files = ProxyFiles(Path(config.state_dir) if config.state_dir else default_state_dir(), order.run_key)
     state = files.load(order.shard, order.proxy_round)
     trained = train_proxy(_trainer(config), order, weights, data.train, data.kind, state)
-    files.save(order.shard, order.round, trained.state, keep=config.keep_checkpoints)
+    if config.optimizer.carry_moments or not order.upload:
+        files.save(order.shard, order.round, trained.state, keep=config.keep_checkpoints)
     return Message(trained.report.pack(trained.weights if order.upload else None), reply_to=message)

@@ -174,9 +174,9 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Draw images from a trained model."""
-    import torch
     from rich.progress import Progress
 
+    from ret_fl.config import ConfigError
     from ret_fl.diffusion.sampling import draw_images, load_pipeline
     from ret_fl.pictures import save_images
     from ret_fl.proxy import resolve_device
@@ -187,9 +187,9 @@ def sample(
     except (OSError, ValueError) as error:
         raise _stop(f"{folder} holds no model that ret-fl can draw from: {error}") from None
     try:
-        place = torch.empty(0, device=resolve_device(device)).device
-    except (RuntimeError, AssertionError) as error:
-        raise _stop(f"--device {device}: {error}") from None
+        place = resolve_device(device)
+    except ConfigError as error:
+        raise _stop(error) from None
     with Progress() as progress:
         task = progress.add_task("drawing", total=count)
         images = draw_images(

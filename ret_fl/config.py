@@ -103,7 +103,9 @@ class ModelConfig(Section):
     class_conditional: bool = Field(False, description="Give the U-Net the class label (num_class_embeds).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the U-Net's residual blocks.")
     init_from: str = Field(
-        "", description="Start from this diffusers folder (pipeline or UNet2DModel) instead of random weights."
+        "",
+        description="Start from this diffusers folder (pipeline or UNet2DModel), the same on every machine, instead "
+        "of random weights. model.preset and model.dropout are then not read.",
     )
 
 
@@ -226,9 +228,13 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, description="How many rounds back a run can be resumed from.")
     min_nodes: int = Field(1, ge=1, description="Clients needed to start; more shards than clients take turns.")
     wait_seconds: float = Field(300, gt=0, description="How long to wait for min-nodes clients before giving up.")
-    round_timeout: float = Field(3600, gt=0, description="Seconds a round may take before missing shards are given up.")
+    round_timeout: float = Field(
+        43200, gt=0, description="Seconds after which a round gives up shards that are missing."
+    )
     quorum: float = Field(0.5, gt=0, le=1, description="Share of shards whose reply must be sound, or the run stops.")
-    device: str = Field("auto", description="Device of the proxies: auto, cpu, cuda, cuda:1, mps.")
+    device: str = Field(
+        "auto", description="Device of the proxies: auto, cpu, cuda, mps. In simulation Flower picks each one's GPU."
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where a GPU has it.")
     compile: bool = Field(False, description="torch.compile the U-Net: about a minute once, then faster steps.")
     threads: int = Field(0, ge=0, description="CPU threads of a proxy; 0 leaves what the engine set.")
@@ -249,10 +255,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        if self.agc.t_max > self.diffusion.timesteps:
+        if self.agc.bins > self.diffusion.timesteps:
+            raise ValueError(f"agc.bins ({self.agc.bins}) must not exceed diffusion.timesteps")
+        if self.data.path and self.data.source not in ("image-folder", "hf"):
             raise ValueError(
-                f"agc.t-max ({self.agc.t_max}) must not exceed diffusion.timesteps ({self.diffusion.timesteps})"
+                f"data.path is set but data.source={self.data.source} reads none: set data.source=image-folder or hf"
             )
+        if self.partition.path and self.partition.scheme != "file":
+            raise ValueError("partition.path is set but not read: set partition.scheme=file")
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
         if self.taa.mode != "off" and self.agc.mode != "agc":

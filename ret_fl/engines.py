@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import logging
+import math
 import os
 import re
 import signal
@@ -53,33 +52,31 @@ def _settings(directory: RunDir, config: RunConfig, resuming: bool) -> dict[str,
 
 
 def run_inline(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:
-    """Server and clients one after the other in this process. Raises `RunFailedError`."""
-    sys.path.insert(0, str(app))
-    inline, server, clients = map(importlib.import_module, ("simulations.inline", "server.app", "clients.app"))
+    """Server and clients one after the other in one process. Raises `RunFailedError`.
+
+    A process of its own, so that the code that runs is the app folder's, as under Flower, not the installed one.
+    """
     log_file = directory.path / "flower.log"
-    with _logging_to(log_file, keep_console=verbose):
-        try:
-            inline.run_inline(server.app, clients.app, _settings(directory, config, resuming), nodes)
-        except Exception as error:
-            logging.getLogger("flwr").exception("the run failed")
-            raise RunFailedError(f"{type(error).__name__}: {error}\nLog: {log_file}") from error
+    with tempfile.TemporaryDirectory(prefix="ret-fl-") as folder, log_file.open("a") as log, _ending_on_sigterm():
+        settings = Path(folder) / "run.toml"
+        settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
+        command = [sys.executable, "-P", "-m", "simulations.inline", str(settings), str(nodes)]
+        places = [str(app), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+        output = None if verbose else log
+        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+    if code:
+        raise RunFailedError(f"{_last_error(log_file)}\nLog: {log_file}")
 
 
 @contextmanager
-def _logging_to(path: Path, *, keep_console: bool) -> Iterator[None]:
-    """Send everyone's log to a file; the console stays free for progress unless `keep_console`."""
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(), logging.getLogger("flwr")]
-    before = [(one, one.handlers[:]) for one in loggers]
-    for one, handlers in before:
-        one.handlers = [file, *(handlers if keep_console else [])]
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM (a batch system, `timeout`) would end Python without cleaning up; here it ends what was started, too."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        for one, handlers in before:
-            one.handlers = handlers
-        file.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:
@@ -136,14 +133,12 @@ def isolated_superlink(log_file: Path) -> Iterator[dict[str, str]]:
         command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
         command += ["--database", str(Path(home) / "state.db")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        # SIGTERM (a batch system, `timeout`) would end Python without the `finally` below
-        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
-            yield environment
-        finally:
-            _end(process)
-            signal.signal(signal.SIGTERM, before)
+        with _ending_on_sigterm():
+            try:
+                _wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
+                yield environment
+            finally:
+                _end(process)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> None:
@@ -177,11 +172,13 @@ def _federation(config: RunConfig, nodes: int) -> str:
     """Flower's federation config: how many clients, and which share of the machine each gets."""
     import torch
 
-    cpus = max(1, (os.cpu_count() or 1) // nodes)
+    usable = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    cpus = max(1, (len(usable) if usable else os.cpu_count() or 1) // nodes)
     gpus = 0.0
     if torch.cuda.is_available() and config.device != "cpu":
-        gpus = min(1.0, torch.cuda.device_count() / nodes)
-    return f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus:.3f}"
+        # rounded down, so that all clients fit: six on one GPU get .1666 each
+        gpus = math.floor(1e4 / math.ceil(nodes / torch.cuda.device_count())) / 1e4
+    return f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus:.4f}"
 
 
 def _outcome(environment: dict[str, str]) -> tuple[str, str]:

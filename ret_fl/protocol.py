@@ -35,7 +35,11 @@ def pack_state(state: State) -> ArrayRecord:
 
 
 def unpack_state(record: ArrayRecord) -> State:
-    return {key: value.numpy() for key, value in record.items()}
+    """Decode every array. Raises `ProtocolError` for one whose bytes are not the array it says it is."""
+    try:
+        return {key: value.numpy() for key, value in record.items()}
+    except (ValueError, TypeError, OSError, EOFError, SyntaxError) as error:
+        raise ProtocolError(f"an array cannot be decoded: {error}") from None
 
 
 def payload_bytes(record: RecordDict) -> int:
@@ -103,7 +107,8 @@ class TrainOrder:
         if missing:
             raise ProtocolError(f"the order lacks {', '.join(missing)}: do server and client run the same ret-fl?")
         config = RunConfig.from_flat(json.loads(str(scalars.pop("config"))))
-        order = cls(config=config, **scalars, **samples)  # type: ignore[arg-type]
+        fields = {k: scalars[k] for k in cls._SCALARS} | {k: samples[k] for k in cls._SAMPLES}
+        order = cls(config=config, **fields)  # type: ignore[arg-type]
         per_sample = (order.ids, order.probability, order.strength, order.log_ratio)
         if not len(order.ids) or any(a.shape != order.ids.shape for a in per_sample):
             raise ProtocolError(f"order for shard {order.shard}: empty, or columns of unequal length")
@@ -191,6 +196,9 @@ class TrainReport:
         missing += [name for name in (*names.values(), NUM_EXAMPLES) if name not in metrics]
         if missing:
             raise ProtocolError(f"the report lacks {', '.join(missing)}: do server and client run the same ret-fl?")
+        lists = [name for name in (*names.values(), NUM_EXAMPLES) if isinstance(metrics[name], list)]
+        if lists:
+            raise ProtocolError(f"the report's {', '.join(lists)} must be single numbers")
         values = {key: float(cast(float, metrics[name])) for key, name in names.items()}
         if not np.isfinite(list(values.values())).all():
             raise ProtocolError(f"the report's metrics are not finite: {values}")
@@ -202,12 +210,15 @@ class TrainReport:
             raise ProtocolError(f"the report's {', '.join(odd)} are not columns of whole numbers, or of floats")
         if any(len(arrays[key]) != len(arrays["ids"]) for key in cls._PER_SAMPLE):
             raise ProtocolError("the report's columns have unequal length")
+        for ids, score in (("memorized", "memorized_score"), ("high_loss", "high_loss_score")):
+            if len(arrays[ids]) != len(arrays[score]):
+                raise ProtocolError(f"the report's {ids} and {score} have unequal length")
         report = cls(
             num_examples=int(weight),
             images=int(values.pop("images")),
             **{k: scalars[k] for k in cls._SCALARS},  # type: ignore[arg-type]
             **values,  # type: ignore[arg-type]
-            **arrays,  # type: ignore[arg-type]
+            **{k: arrays[k] for k in cls._ARRAYS},  # type: ignore[arg-type]
         )
         return report, record.array_records.get(ARRAYS)
 

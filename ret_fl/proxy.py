@@ -10,6 +10,7 @@ for each batch of the shard:
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -17,9 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from ret_fl.config import RunConfig
+from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
@@ -28,8 +28,6 @@ from ret_fl.mitigation.agc import Gate, LossBank, gated_mean, make_gate
 from ret_fl.mitigation.losslog import LossLog, LossSummary
 from ret_fl.protocol import State, TrainOrder, TrainReport
 from ret_fl.proxystate import Moments, ProxyState
-
-TensorList = tuple[Tensor, ...] | list[Tensor]
 
 
 class ProxyDivergedError(RuntimeError):
@@ -68,9 +66,12 @@ def round_seed(*parts: int) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU there is, else the CPU."""
+    """`auto` is the first GPU there is, else the CPU. Raises `ConfigError` for a device this machine has not."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"device={name!r} is not to be had here: {str(error).splitlines()[0]}") from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -84,16 +85,15 @@ class ProxyTrainer:
     ) -> None:
         self.config = config
         self.device = device
-        bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
         fold = fold_factor(config.model, image_shape)
         self.objective = Objective(make_scheduler(config.diffusion), device, fold=fold, bf16=bf16)
         unet = build_unet(config.model, image_shape, num_classes, config.seed).to(device)
         self.unet = unet.to(memory_format=torch.channels_last) if self.objective.channels_last else unet
         self.forward: nn.Module = torch.compile(self.unet) if config.compile else self.unet  # type: ignore[assignment]
-        self.took_step = torch.ones((), device=device)
-        self.ema = AveragedModel(self.unet, multi_avg_fn=self._average)
+        self.ema = copy.deepcopy(self.unet).requires_grad_(False)
+        self.parameter_pairs = list(self.ema.parameters()), [p.detach() for p in self.unet.parameters()]
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(),
@@ -103,9 +103,12 @@ class ProxyTrainer:
         )
         self.step_count = 0
 
-    def _average(self, ema: TensorList, current: TensorList, _: int | Tensor) -> None:
-        # a tensor weight, so that a skipped batch leaves the EMA alone without asking the GPU
-        weight = (1 - self.config.ema.decay) * self.took_step
+    @torch.no_grad()
+    def _update_ema(self, took_step: Tensor) -> None:
+        # not torch's AveragedModel: its counter on the CPU costs a wait for the GPU at every step. The weight is a
+        # tensor, so that a skipped batch leaves the EMA alone without asking the GPU either
+        ema, current = self.parameter_pairs
+        weight = (1 - self.config.ema.decay) * took_step
         difference = torch._foreach_sub(current, ema)
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(ema, difference)
@@ -117,8 +120,7 @@ class ProxyTrainer:
             return {k.removeprefix(prefix): torch.from_numpy(v) for k, v in weights.items() if k.startswith(prefix)}
 
         self.unet.load_state_dict(part("raw."))
-        self.ema.module.load_state_dict(part("ema."))
-        self.ema.n_averaged.fill_(1)
+        self.ema.load_state_dict(part("ema."))
         self.optimizer.state.clear()
         self.step_count = moments.step if moments else 0
         if moments:
@@ -132,7 +134,7 @@ class ProxyTrainer:
 
     def weights(self) -> State:
         """The raw and EMA weights as float32 arrays."""
-        parts = {"raw.": self.unet, "ema.": self.ema.module}
+        parts = {"raw.": self.unet, "ema.": self.ema}
         return {
             # a copy: on the CPU the tensor is the model itself, which trains on
             prefix + name: value.detach().cpu().contiguous().numpy().copy()
@@ -156,17 +158,17 @@ class ProxyTrainer:
         self.step_count += 1
         warm = min(1.0, self.step_count / settings.warmup_steps) if settings.warmup_steps else 1.0
         self.optimizer.param_groups[0]["lr"] = settings.lr * warm
-        self.took_step = any_kept.float()
+        took_step = any_kept.float()
         loss.backward()
         if settings.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.unet.parameters(), settings.grad_clip)
         if self.optimizer.defaults["fused"]:
             # the hook GradScaler uses: the fused kernel itself passes over the step, without a host sync
-            self.optimizer.found_inf = 1 - self.took_step  # type: ignore[attr-defined]
+            self.optimizer.found_inf = 1 - took_step  # type: ignore[attr-defined]
             self.optimizer.step()
         elif any_kept:
             self.optimizer.step()
-        self.ema.update_parameters(self.unet)
+        self._update_ema(took_step)
         self.optimizer.zero_grad()
 
 
@@ -209,7 +211,11 @@ class Round:
             loss, t = self._losses(position, self.strength[where] if mode == "next-visit" else None)
         seen = loss.detach()
         keep = self.gate(seen, t, where)
-        ratio = taa.threshold_ratio(seen, self.bank.value(t), config.agc.mem_ratio) if mode != "off" else None
+        ratio = None
+        if mode != "off":
+            ratio = taa.threshold_ratio(seen, self.bank.value(t), config.agc.mem_ratio)
+            # where AGC does not look, no loss is near its threshold
+            ratio = ratio.masked_fill(t >= config.agc.t_max, torch.inf)
         self.log.record(where, t, seen, keep)
         self.bank.update(t, seen)
         if ratio is None or mode == "next-visit":
@@ -228,17 +234,23 @@ class Round:
         strength = taa.strength(ratio, self.config.taa.kappa)
         if self.config.taa.mode == "next-visit":
             momentum = self.config.taa.momentum
+            blended = momentum * self.strength[where] + (1 - momentum) * strength
             # a sample twice in one batch keeps one of its two new strengths, either is fine
-            self.strength[where] = momentum * self.strength[where] + (1 - momentum) * strength
+            self.strength[where] = torch.where(ratio.isinf(), self.strength[where], blended)
             return
         waits = (keep & ~trained).cpu()
         self.queue.push(position[waits], strength.cpu()[waits])
         self.train_waiting()
 
     def train_waiting(self, *, flush: bool = False) -> None:
-        """Two-pass modes: train on augmented re-draws of the samples that wait for one."""
+        """Two-pass modes: train on augmented re-draws of the samples that wait for one.
+
+        At the end (`flush`) a remainder of less than half a batch is let go: a full step on it would be mostly noise.
+        """
         device = self.trainer.device
         for position, strength in self.queue.batches(flush=flush):
+            if 2 * len(position) < self.config.batch_size and self.images:
+                continue
             loss, _ = self._losses(position, strength.to(device))
             self.trainer.step(loss.mean(), torch.ones((), dtype=torch.bool, device=device))
             self.images += len(position)
@@ -273,6 +285,9 @@ def train_proxy(
         round_ = Round(trainer, order, store, kind)
         # near-equal batches: a last batch of a single image would be a full step on its noise
         for position in np.array_split(plan, steps):
+            # two-pass modes train some draws twice: they stop at the same number of images
+            if round_.images >= len(plan):
+                break
             round_.batch(torch.from_numpy(position))
         round_.train_waiting(flush=True)
     summary = round_.log.summary()

@@ -47,6 +47,8 @@ class RunRecorder:
         self.unet = build_unet(config.model, shape, classes, config.seed).to(self.device)
         fold = fold_factor(config.model, shape)
         self.objective = Objective(make_scheduler(config.diffusion), self.device, fold=fold)
+        # the last average before this run was taken up again: what an uninterrupted one would remember
+        self.evaluated = strategy.first_round - strategy.first_round % config.aggregate_every
         self._forget_rounds_after(strategy.first_round)
         self.board = SummaryWriter(str(run.tensorboard), purge_step=strategy.first_round + 1)
 
@@ -65,8 +67,9 @@ class RunRecorder:
         last = self.strategy.last
         assert last is not None, "aggregate_train comes before evaluate_fn"
         row = last.row()
-        if self._evaluates(last.round) and last.aggregated:
+        if last.aggregated and self._evaluates(last.round):
             row |= self._losses(weights)
+            self.evaluated = last.round
         # the row first: a round without checkpoint is done again and its row taken back, a lost row stays lost
         with self.run.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -86,8 +89,9 @@ class RunRecorder:
         s.ledger.save(self.run.ledger)
 
     def _evaluates(self, round: int) -> bool:
+        """Every n rounds, or at the first average after that; and at the end."""
         every = self.config.evaluate_every
-        return bool(every) and (round % every == 0 or round == self.config.num_server_rounds)
+        return bool(every) and (round - round % every > self.evaluated or round == self.config.num_server_rounds)
 
     def _losses(self, weights: State) -> dict[str, object]:
         self.unet.load_state_dict(ema_state(weights))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
+from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -25,9 +26,20 @@ from numpy.typing import NDArray
 from ret_fl.config import RunConfig
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
 from ret_fl.mitigation.losslog import BINS
-from ret_fl.protocol import Hello, ProtocolError, TrainOrder, TrainReport, base_content, payload_bytes
+from ret_fl.protocol import (
+    Hello,
+    ProtocolError,
+    TrainOrder,
+    TrainReport,
+    base_content,
+    payload_bytes,
+    unpack_state,
+)
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import is_due, parse_policy, propose, quarantined, shard_fits
+
+TOLD = 10
+"""Sample IDs of each tail that metrics.jsonl names a shard and round."""
 
 
 class FederationError(RuntimeError):
@@ -86,10 +98,35 @@ class RoundSummary:
                     "samples": r.num_examples,
                     "seconds": r.seconds,
                     "start": r.start,
+                    "memorized": r.memorized[:TOLD].tolist(),
+                    "high_loss": r.high_loss[:TOLD].tolist(),
                 }
                 for r in self.reports
             },
         }
+
+
+class _ShardGrid:
+    """All that a base strategy's configure_train asks of a Grid: node IDs, one for each shard."""
+
+    def __init__(self, shards: int) -> None:
+        self.shards = shards
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(1, self.shards + 1))
+
+
+def _refuse_to_wait(base: Strategy, shards: int) -> None:
+    """Flower's strategies wait without limit for their minimum of clients; here there are as many as shards."""
+    inner: Strategy | None = base
+    while inner is not None:
+        for name in ("min_available_nodes", "min_train_nodes"):
+            if getattr(inner, name, 0) > shards:
+                raise ValueError(
+                    f"{type(inner).__name__}({name}={getattr(inner, name)}) would wait for ever with {shards} shards: "
+                    f"give it {name}={shards} or less"
+                )
+        inner = getattr(inner, "strategy", None)
 
 
 @dataclass
@@ -146,11 +183,13 @@ class RedistributeEnsemble(Strategy):
         self.content = content
         self.run_key = run_key
         self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+        _refuse_to_wait(self.base, ledger.num_shards)
         self.first_round = first_round
         self.policies, self.quarantine = parse_policy(config.redistribution.policy)
         self.shards = banks or self._fresh_shards()
         self.nodes: dict[int, Hello] = {}
         self.refused: set[int] = set()
+        self.unwell: dict[int, str] = {}
         self.last: RoundSummary | None = None
         self._open = _Open(0.0)
 
@@ -192,9 +231,10 @@ class RedistributeEnsemble(Strategy):
             if len(self.nodes) >= self.config.min_nodes:
                 return
             if time.monotonic() > deadline:
+                said = "".join(f". Node {node} answered: {why}" for node, why in self.unwell.items())
                 raise FederationError(
                     f"{len(self.nodes)} of min-nodes={self.config.min_nodes} clients came within "
-                    f"wait-seconds={self.config.wait_seconds:g}"
+                    f"wait-seconds={self.config.wait_seconds:g}{said}"
                 )
             time.sleep(1)
 
@@ -206,10 +246,14 @@ class RedistributeEnsemble(Strategy):
         hellos: dict[int, Hello] = {}
         for reply in grid.send_and_receive(requests, timeout=self.config.wait_seconds):
             node = reply.metadata.src_node_id
-            if reply.has_error():
-                log(WARNING, "node %d does not answer properly: %s", node, reply.error.reason)
-                continue
-            hellos[node] = Hello.unpack(reply.content)
+            try:
+                if reply.has_error():
+                    raise ProtocolError(reply.error.reason)
+                hellos[node] = Hello.unpack(reply.content)
+            except ProtocolError as error:
+                if self.unwell.get(node) != str(error):
+                    log(WARNING, "node %d does not answer properly: %s", node, error)
+                self.unwell[node] = str(error)
         return hellos
 
     def _living_nodes(self, grid: Grid) -> list[int]:
@@ -234,15 +278,17 @@ class RedistributeEnsemble(Strategy):
         nodes = self._living_nodes(grid)
         if not nodes:
             raise FederationError(f"round {round}: no client is left. {self._how_to_resume()}")
-        # the base strategy sees the weights (FedAdam and DP keep them) but addresses nobody
-        list(self.base.configure_train(server_round, arrays, config, grid))
+        # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
+        list(self.base.configure_train(server_round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
         self._open = _Open(time.monotonic(), arrays=arrays)
         for shard in range(self.ledger.num_shards):
             order = self.order(round, shard)
             content = order.pack(arrays)
             node = nodes[shard % len(nodes)]
             self._open.orders[shard] = order
-            self._open.messages[shard] = Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
+            self._open.messages[shard] = Message(
+                content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=self.config.round_timeout
+            )
             self._open.bytes_down += payload_bytes(content)
         return list(self._open.messages.values())
 
@@ -366,6 +412,8 @@ class RedistributeEnsemble(Strategy):
                 raise ProtocolError(f"its {name} has a wrong shape or is not finite")
         if any(x.shape != (BINS,) or not np.isfinite(x).all() for x in (report.bin_mean, report.bin_count)):
             raise ProtocolError("its noise bins (bin_mean, bin_count) have a wrong shape or are not finite")
+        if (report.bin_count < 0).any() or (report.bank_visits < 0).any():
+            raise ProtocolError("it counts fewer than no draws (bin_count, bank_visits)")
         if not self.aggregates(round):
             return
         if weights is None:
@@ -373,10 +421,12 @@ class RedistributeEnsemble(Strategy):
         expected = self._open.arrays
         if set(weights) != set(expected):
             raise ProtocolError(f"its weights have other names: {sorted(set(weights) ^ set(expected))[:3]}")
-        for name, array in weights.items():
-            if tuple(array.shape) != tuple(expected[name].shape):
-                raise ProtocolError(f"{name} has shape {tuple(array.shape)}, expected {tuple(expected[name].shape)}")
-            if not np.isfinite(array.numpy()).all():
+        # the arrays as decoded, not what their headers say: the base strategy will decode them again
+        for name, array in unpack_state(weights).items():
+            shape = tuple(expected[name].shape)
+            if array.dtype != np.float32 or array.shape != shape:
+                raise ProtocolError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
+            if not np.isfinite(array).all():
                 raise ProtocolError(f"{name} is not finite")
 
     def _average(
@@ -405,7 +455,7 @@ class RedistributeEnsemble(Strategy):
         return moves
 
     def _how_to_resume(self) -> str:
-        return "The last finished round is kept: go on with `ret-fl run --resume RUN_DIR`"
+        return f"The last finished round is kept: go on with `ret-fl run --resume {self.config.out or 'RUN_DIR'}`"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -15,9 +15,10 @@ from ret_fl.checkpoint import Checkpoint, any_checkpoint, load_latest
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.partition import partition
 from ret_fl.data.sources import DataSplits, load_splits
-from ret_fl.diffusion.models import build_unet
+from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.proxy import resolve_device
 from ret_fl.recorder import RunRecorder
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
@@ -31,13 +32,16 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.from_flat(context.run_config)
     if config.resume:
         run = RunDir.existing(config.resume)
-        config = run.read_config()
+        _warn_of_ignored(config, run.read_config())
         # a run that did not get as far as its first checkpoint is begun anew
         begun = any_checkpoint(run.checkpoints) or bool(run.rows())
         checkpoint: Checkpoint | None = load_latest(run.checkpoints) if begun else None
     else:
         run = RunDir.begin(config)
         checkpoint = None
+    config = run.read_config()
+    resolve_device(config.device)
+    check_pretrained_schedule(config.model, config.diffusion)
     log(INFO, "results: %s", run.path)
 
     data = load_splits(config.data)
@@ -54,6 +58,14 @@ def main(grid: Grid, context: Context) -> None:
     recorder.close()
     finish(run, config, data, weights, strategy.ledger)
     log(INFO, "finished: %s", run.summary)
+
+
+def _warn_of_ignored(asked: RunConfig, stored: RunConfig) -> None:
+    """A resumed run goes by its own config.json; say so where `flwr run` was given something else."""
+    defaults, kept = RunConfig().to_flat(), stored.to_flat()
+    differs = [k for k, v in asked.to_flat().items() if v not in (defaults[k], kept[k]) and k not in ("resume", "out")]
+    if differs:
+        log(WARNING, "resuming: %s ignored, config.json decides (`ret-fl run --resume --set` changes it)", differs)
 
 
 def fresh_strategy(config: RunConfig, data: DataSplits) -> tuple[RedistributeEnsemble, State]:

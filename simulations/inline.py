@@ -7,7 +7,9 @@ run one after the other.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -83,6 +85,15 @@ class InlineGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
+def main() -> None:
+    """`python -m simulations.inline SETTINGS.toml NODES`: what `ret-fl run --engine inline` starts."""
+    from clients.app import app as client_app
+    from ret_fl.settings import read_preset
+    from server.app import app as server_app
+
+    run_inline(server_app, client_app, read_preset(Path(sys.argv[1])), int(sys.argv[2]))
+
+
 def run_inline(
     server_app: ServerApp, client_app: ClientApp, run_config: Mapping[str, Scalar], num_supernodes: int
 ) -> None:
@@ -92,3 +103,7 @@ def run_inline(
         run_id=grid.run_id, node_id=SERVER_NODE, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
     server_app(grid, context)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["--set", "redistribution.policy=ballance"],
         ["redistribution.policy", "ballance", "balance"],
     ),
-    "settings that do not fit": (["--set", "agc.t-max=2000"], ["agc.t-max", "diffusion.timesteps"]),
+    "settings that do not fit": (["--set", "agc.bins=2000"], ["agc.bins", "diffusion.timesteps"]),
     "a change without a value": (["--set", "shards"], ["--set", "KEY=VALUE"]),
     "a list": (["--set", "seed=[1, 2]"], ["seed"]),
     "an unknown engine": (["--engine", "turbo"], ["--engine", "flwr", "inline", "turbo"]),
@@ -339,3 +339,17 @@ def test_more_rounds_by_command(run_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "round 3/3" in result.output
     assert len((copy / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_code_that_runs_is_the_app_folders(tmp_path: Path) -> None:
+    """A researcher edits a copy of the repository and names it by --app: the copy's ret_fl trains."""
+    copy = tmp_path / "copy"
+    for part in ("ret_fl", "server", "clients", "simulations"):
+        shutil.copytree(ROOT / part, copy / part)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    agc = copy / "ret_fl" / "mitigation" / "agc.py"
+    agc.write_text(agc.read_text().replace("return mem_ratio * loss >= bank_value", "raise RuntimeError('edited')"))
+    out = tmp_path / "run"
+    result = ret_fl("run", "--engine", "inline", "--app", copy, "--out", out, *changes(SETTINGS))
+    assert result.exit_code == 1
+    assert "RuntimeError: edited" in result.output

@@ -109,7 +109,9 @@ def test_all_bad_values_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
-        ({"agc.t-max": 2000}, r"agc\.t-max \(2000\) must not exceed diffusion\.timesteps \(1000\)"),
+        ({"agc.bins": 2000}, r"agc\.bins \(2000\) must not exceed diffusion\.timesteps"),
+        ({"data.path": "photos"}, r"data\.source=digits reads none: set data\.source=image-folder or hf"),
+        ({"partition.path": "a.npy"}, r"set partition\.scheme=file"),
         ({"diffusion.beta-start": 0.5}, r"diffusion\.beta-end must not be below diffusion\.beta-start"),
         ({"taa.mode": "next-visit", "agc.mode": "off"}, r"set agc\.mode=agc \(got off\)"),
     ],
@@ -131,7 +133,7 @@ changes = st.fixed_dictionaries(
         "shards": st.integers(1, 10_000),
         "seed": st.integers(0, 2**63 - 1),
         "name": texts.filter(bool),
-        "data.path": texts,
+        "data.cache-dir": texts,
         "compile": st.booleans(),
         "agc.mem-ratio": st.floats(1, exclude_min=True, allow_nan=False),
         "optimizer.lr": st.floats(0, exclude_min=True, allow_nan=False),
@@ -212,7 +214,7 @@ def test_one_value_reads_back_from_toml_as_it_was(value: Scalar) -> None:
 def test_a_change_is_read_as_number_truth_or_text(text: str, key: str, value: Scalar) -> None:
     found = parse_change(text)
     assert found == (key, value) and same_type(found[1], value)
-    RunConfig.from_flat(dict([found]))
+    RunConfig.from_flat({"data.source": "hf"} | dict([found]))
 
 
 @pytest.mark.parametrize("text", ["shards", "=4", "", " =4"])

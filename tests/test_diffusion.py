@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from ret_fl.config import ConfigError, DiffusionConfig, ModelConfig
-from ret_fl.diffusion.models import PRESETS, build_unet, fold_factor
+from ret_fl.diffusion.models import PRESETS, build_unet, check_pretrained_schedule, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.diffusion.sampling import draw_images, load_pipeline, save_pipeline, start_noise
 
@@ -348,3 +349,32 @@ class TestInitFrom:
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
         with pytest.raises(ConfigError, match="holds a UNet2DConditionModel"):
             build_unet(self.config(tmp_path), (1, 8, 8), 0, 0)
+
+
+@pytest.mark.parametrize("steps", [50, 7, 150, 501, 600, 5000])
+def test_drawing_starts_near_pure_noise_for_any_number_of_steps(steps: int) -> None:
+    """A model that removes all the noise at once shows the first timestep it was asked about."""
+    asked: list[int] = []
+    unet = tiny()
+    forward = unet.forward
+
+    def listening(x: torch.Tensor, t: torch.Tensor, **kwargs: object) -> object:
+        asked.append(int(t))
+        if len(asked) > 3:
+            raise StopIteration
+        return forward(x, t, **kwargs)
+
+    unet.forward = listening
+    with contextlib.suppress(StopIteration, RuntimeError):
+        draw_images(unet, make_scheduler(DiffusionConfig()), 1, steps=steps)
+    assert asked[0] >= 850
+    assert asked == sorted(asked, reverse=True)
+
+
+def test_a_pretrained_folder_with_another_schedule_is_refused(tmp_path: Path) -> None:
+    theirs = make_scheduler(DiffusionConfig(prediction="v_prediction"))
+    save_pipeline(tmp_path, tiny(), theirs, 1)
+    model = ModelConfig(init_from=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"set diffusion\.prediction=v_prediction"):
+        check_pretrained_schedule(model, DiffusionConfig())
+    check_pretrained_schedule(model, DiffusionConfig(prediction="v_prediction"))

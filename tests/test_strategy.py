@@ -206,6 +206,19 @@ def first_weight(change: Callable[[np.ndarray], np.ndarray]) -> Callable:
     return edited(ARRAYS, replace)
 
 
+def scrambled(items: dict) -> dict:
+    """The first array's bytes are no array."""
+    name, value = next(iter(items.items()))
+    return items | {name: Array(value.dtype, value.shape, value.stype, b"not an array")}
+
+
+def lying(items: dict) -> dict:
+    """The first array says it has the right shape and holds another."""
+    name, value = next(iter(items.items()))
+    other = Array(np.zeros(3, np.float32))
+    return items | {name: Array(value.dtype, value.shape, value.stype, other.data)}
+
+
 def with_nan(values: np.ndarray) -> np.ndarray:
     values = values.copy()
     values.flat[-1] = np.nan
@@ -224,7 +237,15 @@ FAULTS: dict[str, tuple[Callable[[Message, Message], Message | None], str]] = {
     "raises": (raising, "this disk is full"),
     "NaN weights": (first_weight(with_nan), "not finite"),
     "infinite weights": (first_weight(lambda w: np.full_like(w, np.inf)), "not finite"),
-    "wrong shape": (first_weight(lambda w: w[..., :1]), "has shape"),
+    "wrong shape": (first_weight(lambda w: w[..., :1]), "expected float32"),
+    "weights of another type": (first_weight(lambda w: w.astype(np.float64)), "expected float32"),
+    "weights that are words": (first_weight(lambda w: np.full(w.shape, "x")), "expected float32"),
+    "weights that are noise": (edited(ARRAYS, scrambled), "cannot be decoded"),
+    "weights that are not what they say": (edited(ARRAYS, lying), "expected float32"),
+    "samples that are noise": (edited(REPORT, scrambled), "cannot be decoded"),
+    "a metric that is a list": (edited(METRICS, lambda m: m | {"loss": [1.0, 2.0]}), "single numbers"),
+    "negative draws": (array("bin_count", lambda b: b - 10**6), "fewer than no draws"),
+    "scores of more samples than named": (array("high_loss_score", lambda s: np.append(s, s)), "unequal length"),
     "a layer less": (edited(ARRAYS, lambda a: dict(list(a.items())[1:])), "other names"),
     "a layer more": (edited(ARRAYS, lambda a: a | {"raw.extra": Array(np.zeros(2))}), "raw.extra"),
     "no weights": (lambda _, reply: reply.content.pop(ARRAYS) and None, "no weights"),
@@ -232,7 +253,7 @@ FAULTS: dict[str, tuple[Callable[[Message, Message], Message | None], str]] = {
     "samples that do not exist": (array("ids", lambda ids: ids + 1000), "does not own"),
     "negative samples": (array("ids", lambda ids: -1 - ids), "does not own"),
     "a sample twice": (array("ids", lambda ids: np.repeat(ids[:1], len(ids))), "twice"),
-    "foreign high-loss samples": (array("high_loss", lambda _: np.arange(24)), "does not own"),
+    "foreign high-loss samples": (array("high_loss", lambda ids: (ids + 1) % 24), "does not own"),
     "samples that are not numbers": (array("ids", lambda ids: ids.astype(float)), "ids"),
     "more skips than visits": (array("skips", lambda s: s + 100), "impossible"),
     "NaN losses": (array("log_ratio_sum", with_nan), "impossible"),
@@ -625,3 +646,32 @@ def test_two_runs_with_one_seed_are_one(tiny: Tiny, federate: Federate) -> None:
     assert_equal_states(finals[0], finals[1])
     assert furthest(finals[0], finals[2]) > 0
     assert torch.get_num_threads() == 1
+
+
+def test_a_report_with_more_than_is_known_is_read_all_the_same(
+    tiny: Tiny, federate: Federate, real_replies: dict[int, bytes]
+) -> None:
+    def client(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == MessageType.TRAIN:
+            edited(REPORT, lambda items: items | {"news": Array(np.zeros(1))})(message, reply)
+        return reply
+
+    fed = federate(tiny(ONE_ROUND), client)
+    fed.run()
+    assert not fed.rounds[0].failures
+
+
+def test_a_base_that_would_wait_for_ever_is_refused(tiny: Tiny, federate: Federate) -> None:
+    with pytest.raises(ValueError, match="min_available_nodes=5"):
+        federate(tiny(), base=FedAvg(min_available_nodes=5))
+    # Flower's default minimum of two, although one node does the work of both shards
+    federate(tiny({"num-server-rounds": 1}), nodes=1, base=FedAvg()).run()
+
+
+def test_what_clients_answered_is_said_when_too_few_come(tiny: Tiny, federate: Federate) -> None:
+    def client(message: Message, context: Context) -> Message:
+        raise FileNotFoundError("photos is not a folder")
+
+    with pytest.raises(FederationError, match="photos is not a folder"):
+        federate(tiny(), client).run()

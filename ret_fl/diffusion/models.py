@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from ret_fl.config import ConfigError, ModelConfig
+from ret_fl.config import ConfigError, DiffusionConfig, ModelConfig
 
 
 def _blocks(kind: str, attention_at: set[int], levels: int) -> tuple[str, ...]:
@@ -83,6 +83,24 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
             num_class_embeds=num_classes if config.class_conditional else None,
             **PRESETS[config.preset],
         )
+
+
+def check_pretrained_schedule(model: ModelConfig, diffusion: DiffusionConfig) -> None:
+    """Raise `ConfigError` if `model.init-from` was trained under another noise schedule than `diffusion.*` says."""
+    file = Path(model.init_from) / "scheduler" / "scheduler_config.json"
+    if not model.init_from or not file.is_file():
+        return
+    theirs = json.loads(file.read_text())
+    ours = {
+        "prediction_type": ("prediction", diffusion.prediction),
+        "num_train_timesteps": ("timesteps", diffusion.timesteps),
+        "beta_start": ("beta-start", diffusion.beta_start),
+        "beta_end": ("beta-end", diffusion.beta_end),
+        "beta_schedule": ("beta-schedule", diffusion.beta_schedule),
+    }
+    other = [f"diffusion.{key}={theirs[k]}" for k, (key, value) in ours.items() if theirs.get(k, value) != value]
+    if other:
+        raise ConfigError(f"model.init-from: the folder was trained with another schedule: set {', '.join(other)}")
 
 
 def _pretrained(folder: Path, folded: tuple[int, int], num_classes: int) -> UNet2DModel:

@@ -43,8 +43,11 @@ def draw_images(
 
     A class-conditional U-Net gets labels 0, 1, 2, ... in turn. `on_progress` is told how many images are done.
     """
-    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1)
-    steps = min(steps, scheduler.config.num_train_timesteps - 1)
+    total = scheduler.config.num_train_timesteps
+    steps = min(steps, total - 1)
+    # 'leading' (1, 21, ..., 981) starts too low where steps do not divide T: from pure noise it must start near T
+    spacing = "leading" if total % steps == 0 else "trailing"
+    ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, timestep_spacing=spacing)
     unet = unet.to(device).eval()
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     classes = unet.config.num_class_embeds

@@ -68,11 +68,13 @@ class LossBank:
         Exact and without a loop: a loss followed by r later ones of the same cell enters with (1 - decay) decay^r,
         and a cell hit m times keeps decay^m of its old value.
         """
-        cell = self.cell(t)
-        later = (cell[:, None] == cell[None, :]).triu(1).sum(dim=1)
+        cell, order = self.cell(t).sort(stable=True)
+        loss = loss.detach().to(self.values.dtype)[order]
         hits = torch.zeros_like(self.visits).index_add_(0, cell, torch.ones_like(cell))
+        # sorted, the losses of a cell stand together and its last one at cumsum(hits) - 1
+        later = hits.cumsum(0)[cell] - 1 - torch.arange(len(cell), device=cell.device)
         self.values.mul_(self.decay**hits)
-        self.values.index_add_(0, cell, (1 - self.decay) * self.decay**later * loss.detach().to(self.values.dtype))
+        self.values.index_add_(0, cell, (1 - self.decay) * self.decay**later * loss)
         self.visits.add_(hits)
 
 
