@@ -206,6 +206,11 @@ def first_weight(change: Callable[[np.ndarray], np.ndarray]) -> Callable:
     return edited(ARRAYS, replace)
 
 
+def everyone_is_high_loss(request: Message, reply: Message) -> None:
+    array("high_loss", lambda _: np.arange(24))(request, reply)
+    array("high_loss_score", lambda _: np.zeros(24, np.float32))(request, reply)
+
+
 def scrambled(items: dict) -> dict:
     """The first array's bytes are no array."""
     name, value = next(iter(items.items()))
@@ -253,7 +258,7 @@ FAULTS: dict[str, tuple[Callable[[Message, Message], Message | None], str]] = {
     "samples that do not exist": (array("ids", lambda ids: ids + 1000), "does not own"),
     "negative samples": (array("ids", lambda ids: -1 - ids), "does not own"),
     "a sample twice": (array("ids", lambda ids: np.repeat(ids[:1], len(ids))), "twice"),
-    "foreign high-loss samples": (array("high_loss", lambda ids: (ids + 1) % 24), "does not own"),
+    "foreign high-loss samples": (everyone_is_high_loss, "does not own"),
     "samples that are not numbers": (array("ids", lambda ids: ids.astype(float)), "ids"),
     "more skips than visits": (array("skips", lambda s: s + 100), "impossible"),
     "NaN losses": (array("log_ratio_sum", with_nan), "impossible"),
