@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -17,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, Client, run_server
+from conftest import TINY, Client, run_server
 from flwr.app import Context, Message, MessageType
 from PIL import Image
 
@@ -191,35 +187,6 @@ def test_a_run_killed_while_a_round_is_recorded_loses_nothing(
         moment(patch)
         run_server(config, out)
     assert_same_outcome(Outcome.of(run_server(config, out, resume=True)), uninterrupted(config))
-
-
-def test_a_process_killed_by_the_system_resumes_by_command(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
-    """`ret-fl run`, SIGKILL in the middle of a round, `ret-fl run --resume`."""
-    config, out = tiny(PHASED), tmp_path / "run"
-    settings = {k: v for k, v in config.to_flat().items() if k not in ("out", "resume", "state-dir")}
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    die = (
-        "import os, signal, clients.app as clients\n"
-        "train = clients.train_proxy\n"
-        "def dying(trainer, order, *rest):\n"
-        "    if (order.round, order.shard) == (3, 1): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return train(trainer, order, *rest)\n"
-        "clients.train_proxy = dying\n"
-    )
-
-    def ret_fl_run(before: str, *options: str) -> subprocess.CompletedProcess[str]:
-        code = before + "from ret_fl.cli import app\napp()\n"
-        command = [sys.executable, "-c", code, "run", "--engine", "inline", "--app", str(ROOT), *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    assert ret_fl_run(die, "--out", str(out), *sets).returncode == -signal.SIGKILL
-    assert load_latest(out / "checkpoints").round == 2
-    resumed = ret_fl_run("", "--resume", str(out))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "round 4/4" in resumed.stdout
-    assert "round 2/4" not in resumed.stdout
-    assert_same_outcome(Outcome.of(RunDir(out)), uninterrupted(config))
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------
