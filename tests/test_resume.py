@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Client, run_server
+from conftest import ROOT, TINY, Client, run_server
 from flwr.app import Context, Message, MessageType
 from PIL import Image
 
@@ -26,7 +30,7 @@ from ret_fl.data.sources import load_splits
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import TrainOrder
 from ret_fl.rundir import RunDir
-from ret_fl.settings import change_run
+from ret_fl.settings import change_run, to_toml
 
 Tiny = Callable[..., RunConfig]
 
@@ -187,6 +191,36 @@ def test_a_run_killed_while_a_round_is_recorded_loses_nothing(
         moment(patch)
         run_server(config, out)
     assert_same_outcome(Outcome.of(run_server(config, out, resume=True)), uninterrupted(config))
+
+
+def test_a_process_killed_by_the_system_resumes_by_command(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
+    """The inline engine's process, SIGKILL in the middle of a round, `ret-fl run --resume`."""
+    config, out = tiny(PHASED), tmp_path / "run"
+    settings = tmp_path / "run.toml"
+    settings.write_text(to_toml(config.to_flat() | {"out": str(out), "state-dir": str(out / "proxies")}))
+    die = (
+        "import os, signal, clients.app as clients\n"
+        "train = clients.train_proxy\n"
+        "def dying(trainer, order, *rest):\n"
+        "    if (order.round, order.shard) == (3, 1): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return train(trainer, order, *rest)\n"
+        "clients.train_proxy = dying\n"
+    )
+
+    def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    engine = die + "from simulations.inline import main\nmain()\n"
+    assert python(engine, str(settings), str(config.shards)).returncode == -signal.SIGKILL
+    assert load_latest(out / "checkpoints").round == 2
+    command = ["run", "--engine", "inline", "--app", str(ROOT), "--resume", str(out)]
+    resumed = python("from ret_fl.cli import app\napp()\n", *command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "round 4/4" in resumed.stdout
+    assert "round 2/4" not in resumed.stdout
+    assert_same_outcome(Outcome.of(RunDir(out)), uninterrupted(config))
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------
