@@ -1,0 +1,214 @@
+"""audit.json: every number of an audit, versioned, for tools and for the report.
+
+`Audit.model_validate_json(path.read_text())` reads one back. Shares lie in [0, 1], intervals are 95 %.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+
+class Part(BaseModel):
+    """A frozen group of numbers; unknown names are refused, NaN and infinity survive JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Interval(Part):
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ModelInfo(Part):
+    """What was audited. kind: a ret-fl run, a diffusers pipeline, or images without a model."""
+
+    name: str
+    path: str
+    kind: Literal["run", "pipeline", "images"]
+    samples: int
+    seed: int | None
+    steps: int | None
+    parameters: int | None
+
+
+class DataInfo(Part):
+    """Training, reference and held-out images; `distinct` counts training images without exact duplicates."""
+
+    source: str
+    image_shape: tuple[int, int, int]
+    train: int
+    distinct: int
+    reference: int
+    held_out: int
+    canaries: int
+    canary_repeats: int
+
+
+class CopyRate(Part):
+    """Share of samples much closer to a training image than to any image of an equal-size disjoint real set.
+
+    rate has a Wilson interval; floor is the same of real held-out images; above_floor is rate - floor with a bootstrap
+    interval over both sets. Canary shares are of all samples. variant: 'pixels', or 'shift' and 'flip', where the
+    training and reference images may first be moved by a pixel or mirrored.
+    """
+
+    variant: Literal["pixels", "shift", "flip"]
+    threshold: float
+    rate: Interval
+    floor: Interval | None
+    above_floor: Interval | None
+    distinct: int
+    canary: float | None
+    ordinary: float | None
+    canary_hits: list[int] | None
+
+
+class MemorizedQuantity(Part):
+    """Share of samples, and of real held-out images, whose ratio to their k nearest training images is below tau."""
+
+    tau: float
+    generated: float
+    floor: float | None
+
+
+class CarliniShare(Part):
+    """Share of samples, and of held-out images, with Carlini's un-squared ratio <= 1."""
+
+    alpha: float
+    generated: float
+    floor: float | None
+
+
+class WorstCopy(Part):
+    """A sample beside its nearest training image: calibrated ratio (None without reference), squared distance."""
+
+    sample: int
+    train: int
+    ratio: float | None
+    distance: float
+
+
+class Replication(Part):
+    """Copies by pixels. distance: median squared distance to the nearest training image, of samples and held-out."""
+
+    copy_rates: list[CopyRate]
+    k: int
+    memorized: list[MemorizedQuantity]
+    carlini: list[CarliniShare]
+    distance: float
+    held_out_distance: float | None
+    worst: list[WorstCopy]
+
+
+class Similarity(Part):
+    """Cosine similarity to the most similar training image in the features of an image model.
+
+    percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers. background: the same
+    numbers of training images against the other training images; floor: of held-out images.
+    """
+
+    features: str
+    mean: float
+    percentile_50: float
+    percentile_95: float
+    above_half: float
+    floor_percentile_95: float | None
+    background_percentile_95: float | None
+
+
+class Fidelity(Part):
+    """Quality and diversity against held-out images (or training images where none are held out) in some features.
+
+    real_*: the same of an equally large set of training images in the samples' place: what a perfect model that
+    copies everything would score. confident: share of samples the classifier is surer than 90 % of.
+    """
+
+    features: str
+    against: Literal["held-out", "train"]
+    images: int
+    frechet: float
+    kid: float
+    precision: float
+    recall: float
+    confident: float | None
+    real_frechet: float | None
+    real_precision: float | None
+    real_recall: float | None
+
+
+class Membership(Part):
+    """Telling training from held-out images by one score a model gives them. auc .5 is guessing."""
+
+    attack: Literal["loss", "pia"]
+    members: int
+    non_members: int
+    auc: Interval
+    tpr_at_1_percent: Interval
+    tpr_at_01_percent: Interval
+
+
+class Exposure(Part):
+    """log2(n) - log2(rank) of each canary's loss among n images never seen: log2(n) at most."""
+
+    exposures: list[float]
+    mean: float
+    most: float
+
+
+class SuspectedDuplicate(Part):
+    """A training image whose loss is far below that of others at the same timesteps. copies: exact ones in the data."""
+
+    train: int
+    log_ratio: float
+    z: float
+    copies: int
+
+
+class Duplicates(Part):
+    """Suspects by loss. precision and recall: of the suspects against images that have exact copies, if any have."""
+
+    suspects: list[SuspectedDuplicate]
+    precision: float | None
+    recall: float | None
+
+
+class Leakage(Part):
+    membership: list[Membership]
+    exposure: Exposure | None
+    duplicates: Duplicates | None
+
+
+class Training(Part):
+    """What a run's folder tells: settings off their defaults, and metrics.jsonl reduced to what the report draws."""
+
+    settings: dict[str, bool | int | float | str]
+    rounds: int
+    images: int
+    moved: int
+    skip_rate: float
+    failures: int
+    final_train_loss: float | None
+    final_held_out_loss: float | None
+
+
+class Audit(Part):
+    """An audit of one model."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    versions: dict[str, str]
+    model: ModelInfo
+    data: DataInfo
+    replication: Replication
+    similarity: list[Similarity]
+    fidelity: list[Fidelity]
+    leakage: Leakage | None
+    training: Training | None
+    warnings: list[str]
