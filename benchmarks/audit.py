@@ -1,13 +1,17 @@
-"""Speed of the replication audit, as ratios measured in one run on this machine.
+"""Speed and memory of the replication audit, as ratios measured in one run on this machine.
 
     python -m benchmarks.audit --images 10000
 
 Compares `nearest` (exact, k neighbours) with the machine's own rate for the bare matrix product of the same size, and
 with a loop in the manner of the reference implementation (broadcast difference, Python lists, a sort per query and
-chunk; METHOD.md 6.14), measured on a few queries and scaled by the number of pairs.
+chunk; METHOD.md 6.14), measured on a few queries and scaled by the number of pairs. The peak memory of whole scores is
+read from the operating system, in a process of their own.
 """
 
 import argparse
+import multiprocessing
+import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -16,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ret_fl.audit.distances import nearest
+from ret_fl.audit.distances import MEMORY_MB, nearest
+from ret_fl.audit.replication import copy_report, neighbour_ratio
 
 LIST_QUERIES = 8
 LIST_CHUNK = 500
@@ -58,12 +63,15 @@ def measure(images: int, size: int, channels: int, k: int, repeats: int) -> Tabl
         raise RuntimeError("nearest and the list loop disagree: the times below would mean nothing")
 
     # Alternating, and the best of each: other users of the machine only ever add time, and not evenly.
-    pairs = [
-        (seconds(lambda: product(generated, train)), seconds(lambda: nearest(generated, train, k)))
+    rounds = [
+        (
+            seconds(lambda: product(generated, train)),
+            seconds(lambda: nearest(generated, train, k)),
+            seconds(lambda: list_loop(generated[:few], train, k)) * images / few,
+        )
         for _ in range(repeats)
     ]
-    gemm, ours = (min(times) for times in zip(*pairs, strict=True))
-    lists = seconds(lambda: list_loop(generated[:few], train, k)) * images / few
+    gemm, ours, lists = (min(times) for times in zip(*rounds, strict=True))
     table = Table(
         title=f"{images} x {images} images of {channels}x{size}x{size}, k={k}, {torch.get_num_threads()} threads"
     )
@@ -76,18 +84,53 @@ def measure(images: int, size: int, channels: int, k: int, repeats: int) -> Tabl
     return table
 
 
+def peak_mb() -> float:
+    """Most memory this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_above_data(dtype: torch.dtype, images: int, size: int, channels: int, k: int, memory_mb: int) -> float:
+    """MB that two scores of `images` images in each set need at their peak, beyond the three sets themselves."""
+    shape = (3, images, channels, size, size)
+    data = torch.randint(0, 256, shape, dtype=torch.uint8) if dtype == torch.uint8 else torch.rand(shape)
+    generated, train, reference = data
+    train[-1] = train[0]
+    neighbour_ratio(generated[:64], train[: 4 * k], k, memory_mb=1)  # what the libraries load once
+    before = peak_mb()
+    neighbour_ratio(generated, train, k, memory_mb=memory_mb)
+    copy_report(generated[: images // 20], train, reference[1:], variant="shift", memory_mb=memory_mb)
+    return peak_mb() - before
+
+
+def measure_memory(images: int, size: int, channels: int, k: int) -> Table:
+    """Peak memory for some settings, each in a fresh process."""
+    table = Table(title=f"peak memory above the data, three sets of {images} images of {channels}x{size}x{size}")
+    for column in ("images are", "memory_mb", "measured MB"):
+        table.add_column(column, justify="left" if column == "images are" else "right")
+    for dtype, memory_mb in ((torch.uint8, 64), (torch.uint8, MEMORY_MB), (torch.float32, MEMORY_MB)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            spent = pool.apply(memory_above_data, (dtype, images, size, channels, k, memory_mb))
+        table.add_row(str(dtype).removeprefix("torch."), str(memory_mb), f"{spent:.0f}")
+    return table
+
+
 def main() -> None:
-    """Read the options, measure, print the table."""
+    """Read the options, measure, print the tables."""
     parser = argparse.ArgumentParser(
-        description="Speed of the replication audit against this machine's matrix product."
+        description="Speed and memory of the replication audit against this machine's matrix product."
     )
     parser.add_argument("--images", type=int, default=4000, help="generated and training images each (default 4000)")
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels (default 32)")
     parser.add_argument("--channels", type=int, default=3, help="channels (default 3)")
     parser.add_argument("--k", type=int, default=50, help="neighbours (default 50)")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs, the best counts (default 2)")
+    parser.add_argument("--no-memory", action="store_true", help="measure times only")
     options = parser.parse_args()
-    Console().print(measure(options.images, options.size, options.channels, options.k, options.repeats))
+    size, channels, k = options.size, options.channels, options.k
+    # Memory first: a process inherits the peak of the one that starts it.
+    if not options.no_memory:
+        Console().print(measure_memory(options.images, size, channels, k))
+    Console().print(measure(options.images, size, channels, k, options.repeats))
 
 
 if __name__ == "__main__":

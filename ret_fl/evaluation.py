@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor
@@ -10,8 +12,85 @@ from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
 from ret_fl.diffusion.sampling import start_noise
 
+Progress = Callable[[int], None]
+
+
+def timestep_grid(num_train_timesteps: int, count: int) -> Tensor:
+    """`count` timesteps, the middles of equal parts of [0, num_train_timesteps): int64 [count], ascending."""
+    if count < 1:
+        raise ValueError(f"timesteps must be >= 1, got {count}")
+    return (torch.arange(count) * 2 + 1) * num_train_timesteps // (2 * count)
+
+
+def folded_batches(
+    unet: UNet2DModel,
+    objective: Objective,
+    store: SampleStore,
+    ids: Tensor,
+    batch_size: int,
+    on_progress: Progress | None = None,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Folded images and labels of `ids` (int64 [n]), a batch at a time, as `Objective.losses` takes them.
+
+    Labels are None unless the U-Net is class-conditional. `on_progress` is told how many images are done.
+
+    Raises:
+        ValueError: no ids, or batch_size < 1.
+        IndexError: an id that the store does not hold.
+    """
+    if len(ids) == 0 or batch_size < 1:
+        raise ValueError(f"need at least one id and batch_size >= 1, got {len(ids)} ids and batch_size {batch_size}")
+    done = 0
+    for part in ids.split(batch_size):
+        images, labels = store.fetch(part, objective.device)
+        yield objective.folded(images), labels if unet.config.num_class_embeds else None
+        done += len(part)
+        if on_progress:
+            on_progress(done)
+
 
 @torch.no_grad()
+def loss_grid(
+    unet: UNet2DModel,
+    objective: Objective,
+    store: SampleStore,
+    ids: Tensor,
+    *,
+    timesteps: int = 10,
+    noises: int = 1,
+    seed: int = 0,
+    batch_size: int = 256,
+    on_progress: Progress | None = None,
+) -> Tensor:
+    """Loss of each image at the timesteps of `timestep_grid`: float32 [n, timesteps], on the CPU.
+
+    A timestep's noise is the same for every image, so differences between images are theirs. The U-Net is moved to the
+    objective's device and put into evaluation mode.
+
+    Args:
+        ids: int64 [n].
+        noises: noise draws a timestep, averaged over.
+
+    Raises:
+        ValueError: no ids, or timesteps, noises or batch_size < 1.
+        IndexError: an id that the store does not hold.
+    """
+    if noises < 1:
+        raise ValueError(f"noises must be >= 1, got {noises}")
+    device = objective.device
+    unet = unet.to(device).eval()
+    grid = timestep_grid(objective.scheduler.config.num_train_timesteps, timesteps)
+    noise = objective.folded(start_noise(seed, 0, timesteps * noises, store.image_shape).to(device))
+    out = []
+    for x0, labels in folded_batches(unet, objective, store, ids, batch_size, on_progress):
+        losses = [
+            objective.losses(unet, x0, torch.full((len(x0),), int(t), device=device), one.expand_as(x0), labels)
+            for t, one in zip(grid.repeat_interleave(noises), noise, strict=True)
+        ]
+        out.append(torch.stack(losses, dim=1).unflatten(1, (timesteps, noises)).mean(dim=2).cpu())
+    return torch.cat(out)
+
+
 def fixed_losses(
     unet: UNet2DModel,
     objective: Objective,
@@ -22,23 +101,5 @@ def fixed_losses(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Tensor:
-    """Loss of each image averaged over evenly spaced timesteps, with the same noise for every image: float32 [n].
-
-    ids: int64 [n]. One noise tensor a timestep serves all images, so differences between images are theirs.
-    """
-    unet.eval()
-    device = objective.device
-    total = objective.scheduler.config.num_train_timesteps
-    grid = (torch.arange(timesteps) * 2 + 1) * total // (2 * timesteps)
-    noises = objective.folded(start_noise(seed, 0, timesteps, store.image_shape).to(device))
-    out = []
-    for part in ids.split(batch_size):
-        images, labels = store.fetch(part, device)
-        x0 = objective.folded(images)
-        labels = labels if unet.config.num_class_embeds else None
-        losses = [
-            objective.losses(unet, x0, torch.full((len(part),), int(t), device=device), noise.expand_as(x0), labels)
-            for t, noise in zip(grid, noises, strict=True)
-        ]
-        out.append(torch.stack(losses).mean(dim=0).cpu())
-    return torch.cat(out)
+    """`loss_grid` averaged over its timesteps: float32 [n]; arguments and errors as there."""
+    return loss_grid(unet, objective, store, ids, timesteps=timesteps, seed=seed, batch_size=batch_size).mean(dim=1)

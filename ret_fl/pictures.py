@@ -1,4 +1,4 @@
-"""Grids of images and curves of a run, as PNG files."""
+"""Grids of images and curves of a run, for PNG files and for pages."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ PAIRS = 16
 """Closest samples shown beside their training image."""
 SIDE = 64
 """Small images are enlarged to about this side, pixels kept sharp."""
+INK, RED = "#1f2933", "#b42318"
+"""Main lines of a chart, and what they are to be told from."""
+NAMED_SHARDS = 6
+"""A chart names its shards up to this many."""
 
 
 def _array(images: Tensor) -> np.ndarray:
@@ -32,17 +36,24 @@ def _array(images: Tensor) -> np.ndarray:
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 0) -> None:
-    """A grid of images: float [N, C, H, W] in [0, 1]; near-square unless `columns` is given."""
+def image_grid(images: Tensor, columns: int = 0) -> Image.Image:
+    """RGBA sheet of images, float [N, C, H, W] in [0, 1], gaps transparent; near-square unless `columns` is given."""
     pixels = _array(images)
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     rows = math.ceil(len(pixels) / columns)
     gap, (height, width) = 2, pixels.shape[1:3]
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), 255, np.uint8)
+    sheet[..., 3] = 0
     for i, tile in enumerate(pixels):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = tile
-    Image.fromarray(sheet).save(path)
+        sheet[top : top + height, left : left + width, :3] = tile
+        sheet[top : top + height, left : left + width, 3] = 255
+    return Image.fromarray(sheet)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 0) -> None:
+    """A grid of images: float [N, C, H, W] in [0, 1]; near-square unless `columns` is given."""
+    image_grid(images, columns).convert("RGB").save(path)
 
 
 def save_images(images: Tensor, out: Path) -> None:
@@ -112,31 +123,56 @@ def _draw_pairs(figure: SubFigure, panel: Pairs, blocks: int, columns: int) -> N
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss of every shard and of the averaged model, skip rate, moves and quarantine over the rounds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    loss, skips, moves = figure.subplots(1, 3)
-    rounds = [row["round"] for row in rows]
-    _plot_losses(loss, rows)
-    for shard in sorted({s for row in rows for s in row["shards"]}, key=int):
-        seen = [(row["round"], row["shards"][shard]["skip_rate"]) for row in rows if shard in row["shards"]]
-        skips.plot(*zip(*seen, strict=True), lw=0.8, alpha=0.7, label=f"shard {shard}")
-    skips.plot(rounds, [row["skip_rate"] for row in rows], "k", lw=1.8, label="all")
-    skips.set(title="share of draws AGC skipped", xlabel="round", ylim=(0, None))
-    moves.step(rounds, np.cumsum([row["moved"] for row in rows]), where="post", label="samples moved, in all")
-    moves.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
-    moves.set(title="redistribution", xlabel="round", ylim=(0, None))
-    for axes in (loss, skips, moves):
+    parts = (
+        ("denoising loss", plot_losses),
+        ("share of draws AGC skipped", plot_skips),
+        ("redistribution", plot_moves),
+    )
+    for axes, (title, plot) in zip(figure.subplots(1, 3), parts, strict=True):
+        plot(axes, rows)
+        axes.set_title(title)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
-def _plot_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for shard in sorted({s for row in rows for s in row["shards"]}, key=int):
-        seen = [(row["round"], row["shards"][shard]["loss"]) for row in rows if shard in row["shards"]]
-        axes.plot(*zip(*seen, strict=True), lw=0.8, alpha=0.6, label=f"shard {shard}")
-    for key, style in (("train_loss", "k-o"), ("held_out_loss", "r--o")):
+def plot_losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Loss of every shard and of the averaged model over the rounds, on a log axis."""
+    _plot_shards(axes, rows, "loss")
+    for key, style, colour in (("train_loss", "-o", INK), ("held_out_loss", "--o", RED)):
         seen = [(row["round"], row[key]) for row in rows if key in row]
         if seen:
             name = f"averaged model, {key.removesuffix('_loss').replace('_', '-')}"
-            axes.plot(*zip(*seen, strict=True), style, ms=3, lw=1.4, label=name)
-    axes.set(title="denoising loss", xlabel="round", yscale="log")
+            axes.plot(*zip(*seen, strict=True), style, color=colour, ms=3, lw=1.4, label=name)
+    axes.set(xlabel="round", yscale="log")
+
+
+def plot_skips(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Share of draws AGC skipped, by shard and in all, over the rounds."""
+    _plot_shards(axes, rows, "skip_rate")
+    axes.plot([row["round"] for row in rows], [row["skip_rate"] for row in rows], color=INK, lw=1.8, label="all")
+    axes.set(xlabel="round", ylim=(0, None))
+
+
+def plot_moves(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Samples moved so far, and samples in quarantine, over the rounds."""
+    rounds = [row["round"] for row in rows]
+    axes.step(rounds, np.cumsum([row["moved"] for row in rows]), where="post", label="samples moved, in all")
+    axes.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
+    axes.set(xlabel="round", ylim=(0, None))
+
+
+def plot_sizes(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Samples of every shard over the rounds."""
+    _plot_shards(axes, rows, "samples", drawstyle="steps-post")
+    axes.set(xlabel="round")
+
+
+def _plot_shards(axes: Axes, rows: Sequence[dict[str, Any]], key: str, **line: Any) -> None:
+    shards = sorted({s for row in rows for s in row["shards"]}, key=int)
+    for i, shard in enumerate(shards):
+        seen = [(row["round"], row["shards"][shard][key]) for row in rows if shard in row["shards"]]
+        many = f"each of {len(shards)} shards" if i == 0 else None
+        label = f"shard {shard}" if len(shards) <= NAMED_SHARDS else many
+        axes.plot(*zip(*seen, strict=True), lw=0.9, alpha=0.75, label=label, **line)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ Images = Tensor | np.ndarray
 
 # Candidates kept beyond k, so that rounding in the float32 product seldom forces a second, wider search.
 SPARE_CANDIDATES = 14
+MEMORY_MB = 512
 # Rows that one thread gathers for direct distances should stay in its cache: five times faster than streaming them.
 CACHE_ELEMENTS = 2**18
 MAX_TILE = (2048, 8192)
@@ -21,15 +23,56 @@ MAX_TILE = (2048, 8192)
 FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-9}
 
 
-def pixel_rows(images: Images, name: str = "images") -> Tensor:
-    """Flatten images to one row each.
+@dataclass(frozen=True)
+class ImageRows:
+    """A view of images as float rows, converted piece by piece: uint8 images are never held as floats at once.
+
+    values: uint8 or float [N, D]. rows: int64 [M], which of them count, in this order; None is all. columns: int64
+    [D], the pixel that each pixel of a moved image comes from; None is unmoved. A view of M rows has length M.
+    """
+
+    values: Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values if self.rows is None else self.rows)
+
+    @property
+    def dim(self) -> int:
+        """Pixels times channels."""
+        return self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `read` gives: float64 for float64 images, else float32."""
+        return torch.float64 if self.values.dtype == torch.float64 else torch.float32
+
+    def read(self, index: slice | Tensor) -> Tensor:
+        """Rows by slice or int64 [n]: float [n, D], uint8 divided by 255. May share memory where given a slice."""
+        if self.rows is not None:
+            index = self.rows[index]
+        picked = self.values[index] if isinstance(index, slice) else self.values.index_select(0, index)
+        if self.columns is not None:
+            picked = picked.index_select(1, self.columns)
+        return picked.float().div_(255) if picked.dtype == torch.uint8 else picked.to(self.dtype)
+
+    def tiles(self, size: int) -> Iterator[Tensor]:
+        """All rows in order, `size` of them at a time."""
+        return (self.read(slice(start, start + size)) for start in range(0, len(self), size))
+
+    def to(self, device: torch.device) -> "ImageRows":
+        """The same view on another device; moves the values as they are."""
+        rows, columns = (None if index is None else index.to(device) for index in (self.rows, self.columns))
+        return ImageRows(self.values.to(device), rows, columns)
+
+
+def image_rows(images: Images, name: str = "images") -> ImageRows:
+    """Check images and view each as one row, without a copy where they are contiguous.
 
     Args:
         images: [N, C, H, W], or anything that flattens to [N, D]; float in [0, 1], or uint8 (divided by 255).
         name: how error messages call them.
-
-    Returns:
-        float32 [N, D] (float64 if the input is), on the input's device.
 
     Raises:
         ValueError: no images, no pixels, a dtype that is neither float nor uint8, or values that are not finite.
@@ -37,26 +80,33 @@ def pixel_rows(images: Images, name: str = "images") -> Tensor:
     values = torch.as_tensor(images)
     if values.ndim < 2 or values.numel() == 0:
         raise ValueError(f"{name} must be a non-empty [N, C, H, W] or [N, D] array, got shape {tuple(values.shape)}")
-    if values.dtype == torch.uint8:
-        values = values.float() / 255
-    elif not values.is_floating_point():
+    if values.dtype != torch.uint8 and not values.is_floating_point():
         raise ValueError(f"{name} must be float in [0, 1] or uint8, got {values.dtype}: convert them first")
-    if values.dtype not in (torch.float32, torch.float64):
-        values = values.float()
-    if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
-        bad = int((~torch.isfinite(values)).flatten(1).any(1).sum())
+    if values.is_floating_point() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+        bad = sum(int((~torch.isfinite(part)).flatten(1).any(1).sum()) for part in values.split(MAX_TILE[0]))
         raise ValueError(f"{name} hold NaN or infinity in {bad} of {len(values)} rows: drop or clip them first")
-    return values.detach().flatten(1)
+    return ImageRows(values.detach().flatten(1))
 
 
-def require_same_size(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
+def pixel_rows(images: Images, name: str = "images") -> Tensor:
+    """All of `image_rows` as floats at once: float32 [N, D] (float64 if the input is), on the input's device."""
+    return image_rows(images, name).read(slice(None))
+
+
+def require_same_size(a: Tensor | ImageRows, b: Tensor | ImageRows, name_a: str, name_b: str) -> None:
     """Raise ValueError unless rows of `a` and `b` ([N, D]) have the same number of pixels."""
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"{name_a} have {a.shape[1]} values each and {name_b} {b.shape[1]}: bring both to one size")
+    dim_a, dim_b = (rows.dim if isinstance(rows, ImageRows) else rows.shape[1] for rows in (a, b))
+    if dim_a != dim_b:
+        raise ValueError(f"{name_a} have {dim_a} values each and {name_b} {dim_b}: bring both to one size")
 
 
 def nearest(
-    queries: Images, points: Images, k: int, *, device: torch.device | str | None = None, memory_mb: int = 1024
+    queries: Images | ImageRows,
+    points: Images | ImageRows,
+    k: int,
+    *,
+    device: torch.device | str | None = None,
+    memory_mb: int = MEMORY_MB,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest points of every query in squared L2 distance, exact, ties to the lower index.
 
@@ -67,64 +117,77 @@ def nearest(
 
     Args:
         queries: [G, ...] and
-        points: [N, ...], as in `pixel_rows`, with the same number of pixels.
+        points: [N, ...], as in `image_rows` (or made by it), with the same number of pixels.
         k: neighbours per query, 1 <= k <= N.
-        device: where to compute; by default where `queries` are.
-        memory_mb: bound on the tensors held beyond inputs and outputs (not on the BLAS library's own buffers).
+        device: where to compute; by default where `queries` are. The images are moved there whole, as they are.
+        memory_mb: bound on the tensors held beyond inputs and outputs (not on the BLAS library's own buffers), as
+            long as 30 images fit in it.
 
     Returns:
         Squared distances float64 [G, k], ascending, and indices int64 [G, k] into `points`, both on the CPU.
 
     Raises:
-        ValueError: images of different sizes, k outside 1..N, memory_mb < 1, or bad images (see `pixel_rows`).
+        ValueError: images of different sizes, k outside 1..N, memory_mb < 1, or bad images (see `image_rows`).
     """
-    q, p = pixel_rows(queries, "queries"), pixel_rows(points, "points")
+    q = queries if isinstance(queries, ImageRows) else image_rows(queries, "queries")
+    p = points if isinstance(points, ImageRows) else image_rows(points, "points")
     require_same_size(q, p, "queries", "points")
     if not 1 <= k <= len(p):
         raise ValueError(f"k must lie in 1..{len(p)}, the number of points, got {k}")
     if memory_mb < 1:
         raise ValueError(f"memory_mb must be >= 1, got {memory_mb}")
-    dtype, place = torch.promote_types(q.dtype, p.dtype), torch.device(device) if device is not None else q.device
-    q, p = q.to(place, dtype), p.to(place, dtype)
+    place = torch.device(device) if device is not None else q.values.device
+    q, p = q.to(place), p.to(place)
     elements = memory_mb * 2**20 // 8
+    # Distances do not change, but smaller norms cancel less in float32.
+    centre = torch.zeros(p.dim, dtype=torch.float64, device=place)
+    for tile in p.tiles(_points_tile(p, elements)):
+        centre += tile.sum(0)
+    centre /= len(p)
 
     distances = torch.empty(len(q), k, dtype=torch.float64)
     indices = torch.empty(len(q), k, dtype=torch.int64)
     open_rows, width = torch.arange(len(q)), min(len(p), k + SPARE_CANDIDATES)
     while len(open_rows):
         still_open = []
-        for rows in open_rows.split(max(1, elements // (8 * max(width, q.shape[1])))):
-            found, index, settled = _search(q[rows.to(place)], p, k, width, elements)
+        for rows in open_rows.split(max(1, elements // (8 * max(width, q.dim)))):
+            found, index, settled = _search(q.read(rows.to(place)), p, centre, k, width, elements)
             distances[rows], indices[rows] = found.cpu(), index.cpu()
             still_open.append(rows[~settled.cpu()])
         open_rows, width = torch.cat(still_open), min(len(p), 4 * width)
     return distances, indices
 
 
-def _search(q: Tensor, p: Tensor, k: int, width: int, elements: int) -> tuple[Tensor, Tensor, Tensor]:
+def _search(
+    q: Tensor, p: ImageRows, centre: Tensor, k: int, width: int, elements: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Distances [G, k], indices [G, k], and bool [G]: whether no point outside the candidates can belong to them."""
     if width == len(p):
         index = torch.arange(width, device=q.device).expand(len(q), width)
         floor = torch.full((len(q),), math.inf, dtype=torch.float64, device=q.device)
     else:
-        index, floor = _candidates(q, p, width, elements)
+        index, floor = _candidates(q, p, centre, width, elements)
         index = index.sort(dim=1).values
     exact, order = _direct_distances(q, p, index, elements).sort(dim=1, stable=True)
     return exact[:, :k], index.gather(1, order[:, :k]), floor > exact[:, k - 1]
 
 
-def _candidates(q: Tensor, p: Tensor, width: int, elements: int) -> tuple[Tensor, Tensor]:
+def _points_tile(p: ImageRows, elements: int) -> int:
+    return min(len(p), MAX_TILE[1], max(1, elements // (4 * p.dim)))
+
+
+def _candidates(q: Tensor, p: ImageRows, centre: Tensor, width: int, elements: int) -> tuple[Tensor, Tensor]:
     """int64 [G, width]: the points with the smallest |x|^2 - 2gx; float64 [G]: a lower bound on D to all others."""
-    dim = p.shape[1]
-    tile_p = min(len(p), MAX_TILE[1], max(1, elements // (4 * dim)))
+    dim, tile_p = p.dim, _points_tile(p, elements)
     tile_q = min(len(q), MAX_TILE[0], max(1, elements // (4 * max(dim, tile_p))))
-    centre = p.mean(0)  # distances do not change, but smaller norms cancel less in float32
+    centre = centre.to(torch.promote_types(q.dtype, p.dtype))
     best = q.new_full((len(q), width), math.inf, dtype=torch.float32)
     index = torch.zeros(len(q), width, dtype=torch.int64, device=q.device)
     q_norm = torch.empty(len(q), dtype=torch.float64, device=q.device)
     p_norm = torch.zeros((), dtype=torch.float64, device=q.device)
-    for start in range(0, len(p), tile_p):
-        x = (p[start : start + tile_p] - centre).float()
+    start = 0
+    for tile in p.tiles(tile_p):
+        x = (tile - centre).float()
         xx = x.square().sum(1)
         p_norm = torch.maximum(p_norm, xx.max().double().sqrt())
         for row in range(0, len(q), tile_q):
@@ -135,15 +198,17 @@ def _candidates(q: Tensor, p: Tensor, width: int, elements: int) -> tuple[Tensor
             values, seen = torch.cat([best[rows], near.values], 1), torch.cat([index[rows], near.indices + start], 1)
             best[rows], kept = values.topk(width, largest=False, sorted=False)
             index[rows] = seen.gather(1, kept)
+        start += len(x)
     # Worst case of float32 sums of products in any order (Higham 2002, section 3.1), plus the rounding of centring.
     factor = FACTOR_ROUNDING[torch.get_float32_matmul_precision()]
     error = 2.0**-24 * (dim + 8) * (q_norm + p_norm) ** 2 + 4 * factor * q_norm * p_norm
     return index, best.max(1).values.double() + q_norm**2 - error
 
 
-def _direct_distances(q: Tensor, p: Tensor, index: Tensor, elements: int) -> Tensor:
+def _direct_distances(q: Tensor, p: ImageRows, index: Tensor, elements: int) -> Tensor:
     """float64 [G, M]: sum((g - x)^2) for the points of `index` [G, M]."""
-    count, dim = index.shape[1], p.shape[1]
+    count, dim = index.shape[1], p.dim
+    dtype = torch.promote_types(q.dtype, p.dtype)
     on_cpu = q.device.type == "cpu"
     scratch = min(elements // (4 * torch.get_num_threads()), CACHE_ELEMENTS) if on_cpu else elements // 2
     cols = min(count, max(1, scratch // dim))
@@ -154,7 +219,7 @@ def _direct_distances(q: Tensor, p: Tensor, index: Tensor, elements: int) -> Ten
         g = q[row : row + rows, None]
         for col in range(0, count, cols):
             picked = index[row : row + rows, col : col + cols]
-            gap = p.index_select(0, picked.flatten()).view(*picked.shape, dim).sub_(g).square_()
+            gap = p.read(picked.flatten()).to(dtype).view(*picked.shape, dim).sub_(g).square_()
             exact[row : row + rows, col : col + cols] = gap.sum(-1, dtype=torch.float64)
 
     if on_cpu:

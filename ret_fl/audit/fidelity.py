@@ -29,6 +29,8 @@ BLOCK_ROWS = 1024
 class FeatureClassifier(nn.Module):
     """Convnet for [N, C, H, W] images in [0, 1], H and W >= 8; its last hidden layer (64 wide) are the features."""
 
+    name = "classifier of the data"
+
     def __init__(self, channels: int, num_classes: int, side: int, width: int = 32) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]

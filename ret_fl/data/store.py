@@ -71,10 +71,13 @@ class SampleStore:
             return images, None
         return images, _move(self._labels.index_select(0, rows), device)
 
+    def pixels(self, ids: Tensor | np.ndarray | None = None) -> Tensor:
+        """Images uint8 [n, C, H, W] on the CPU; all of them without `ids`."""
+        return self._images.index_select(0, self._resolve(torch.arange(len(self)) if ids is None else ids))
+
     def unit(self, ids: Tensor | np.ndarray | None = None) -> Tensor:
         """Images float32 [n, C, H, W] in [0, 1] on the CPU, as the audits take them; all of them without `ids`."""
-        rows = self._resolve(torch.arange(len(self)) if ids is None else ids)
-        return self._images.index_select(0, rows).to(torch.float32).div_(255.0)
+        return self.pixels(ids).to(torch.float32).div_(255.0)
 
     def subset(self, ids: Tensor | np.ndarray) -> SampleStore:
         """A store of the named samples, in that order, repeats allowed. It shares the memory of this one."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from torch import Tensor
 
 FOLD_FILE = "pixel_unshuffle.json"
@@ -26,12 +26,22 @@ def start_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Te
     return torch.from_numpy(np.stack([image.standard_normal(shape, np.float32) for image in images]))
 
 
+def noise_shape(unet: ModelMixin) -> tuple[int, int, int]:
+    """(C, H, W) of what a U-Net denoises. Raises `ValueError` if its config does not say."""
+    side = unet.config.sample_size
+    if side is None:
+        raise ValueError("the U-Net's config.json has no sample_size: write the side of its images there")
+    height, width = (side, side) if isinstance(side, int) else side
+    return unet.config.in_channels, height, width
+
+
 @torch.no_grad()
 def draw_images(
     unet: UNet2DModel,
     scheduler: DDPMScheduler,
     count: int,
     *,
+    first: int = 0,
     seed: int = 0,
     steps: int = 50,
     fold: int = 1,
@@ -39,9 +49,9 @@ def draw_images(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """`count` images: float32 [count, C, H, W] in [0, 1], on the CPU.
+    """Images first..first+count-1 of a seed: float32 [count, C, H, W] in [0, 1], on the CPU.
 
-    A class-conditional U-Net gets labels 0, 1, 2, ... in turn. `on_progress` is told how many images are done.
+    A class-conditional U-Net gives image i the label i modulo its classes. `on_progress` is told how many are done.
     """
     total = scheduler.config.num_train_timesteps
     steps = min(steps, total - 1)
@@ -49,13 +59,13 @@ def draw_images(
     spacing = "leading" if total % steps == 0 else "trailing"
     ddim = DDIMScheduler.from_config(scheduler.config, steps_offset=1, timestep_spacing=spacing)
     unet = unet.to(device).eval()
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = noise_shape(unet)
     classes = unet.config.num_class_embeds
     done: list[Tensor] = []
-    for first in range(0, count, batch_size):
-        size = min(batch_size, count - first)
-        x = start_noise(seed, first, size, shape).to(device)
-        labels = torch.arange(first, first + size, device=device) % classes if classes else None
+    for start in range(first, first + count, batch_size):
+        size = min(batch_size, first + count - start)
+        x = start_noise(seed, start, size, shape).to(device)
+        labels = torch.arange(start, start + size, device=device) % classes if classes else None
         ddim.set_timesteps(steps, device=device)
         for t in ddim.timesteps:
             predicted = unet(x, t, class_labels=labels, return_dict=False)[0]
@@ -63,7 +73,7 @@ def draw_images(
         images = F.pixel_shuffle(x, fold) if fold > 1 else x
         done.append(((images.float() + 1) / 2).clamp(0, 1).cpu())
         if on_progress:
-            on_progress(first + size)
+            on_progress(start + size - first)
     return torch.cat(done) if done else torch.empty(0, shape[0] // fold**2, shape[1] * fold, shape[2] * fold)
 
 
