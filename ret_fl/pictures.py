@@ -119,10 +119,10 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
         seen = [(row["round"], row["shards"][shard]["skip_rate"]) for row in rows if shard in row["shards"]]
         skips.plot(*zip(*seen, strict=True), lw=0.8, alpha=0.7, label=f"shard {shard}")
     skips.plot(rounds, [row["skip_rate"] for row in rows], "k", lw=1.8, label="all")
-    skips.set(title="share of draws AGC skipped", xlabel="round", ylim=(0, None))
+    skips.set(title="draws AGC skipped", xlabel="round", ylabel="share", ylim=(0, None))
     moves.step(rounds, np.cumsum([row["moved"] for row in rows]), where="post", label="samples moved, in all")
     moves.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
-    moves.set(title="redistribution", xlabel="round", ylim=(0, None))
+    moves.set(title="redistribution", xlabel="round", ylabel="samples", ylim=(0, None))
     for axes in (loss, skips, moves):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -139,4 +139,4 @@ def _plot_losses(axes: Axes, rows: list[dict[str, Any]]) -> None:
         if seen:
             name = f"averaged model, {key.removesuffix('_loss').replace('_', '-')}"
             axes.plot(*zip(*seen, strict=True), style, ms=3, lw=1.4, label=name)
-    axes.set(title="denoising loss", xlabel="round", yscale="log")
+    axes.set(title="denoising loss", xlabel="round", ylabel="mean squared error", yscale="log")
