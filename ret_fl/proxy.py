@@ -330,4 +330,6 @@ def _report(
         bank_visits=round_.bank.visits.cpu().numpy(),
         bin_mean=summary.bin_mean.numpy(),
         bin_count=summary.bin_count.numpy(),
+        level_draws=summary.level_draws.numpy(),
+        level_skips=summary.level_skips.numpy(),
     )

@@ -54,6 +54,8 @@ class RoundSummary:
             "failures": len(self.failures),
             "failed_shards": {str(shard): reason for shard, reason in self.failures.items()},
             "aggregated": self.aggregated,
+            "level_draws": sum((r.level_draws for r in self.reports), np.zeros(BINS, np.int64)).tolist(),
+            "level_skips": sum((r.level_skips for r in self.reports), np.zeros(BINS, np.int64)).tolist(),
             "fresh_moments": sum(r.moments == "fresh" for r in self.reports),
             "gap": self.gap,
             "images": images,
@@ -94,10 +96,13 @@ def check_reply(
         told = getattr(report, name)
         if told.shape != getattr(state, name).shape or not np.isfinite(told).all():
             raise ProtocolError(f"its {name} has a wrong shape or is not finite")
-    if any(x.shape != (BINS,) or not np.isfinite(x).all() for x in (report.bin_mean, report.bin_count)):
-        raise ProtocolError("its noise bins (bin_mean, bin_count) have a wrong shape or are not finite")
-    if (report.bin_count < 0).any() or (report.bank_visits < 0).any():
-        raise ProtocolError("it counts fewer than no draws (bin_count, bank_visits)")
+    levels = (report.bin_mean, report.bin_count, report.level_draws, report.level_skips)
+    if any(x.shape != (BINS,) or not np.isfinite(x).all() for x in levels):
+        raise ProtocolError("its noise levels (bin_*, level_*) have a wrong shape or are not finite")
+    if any((x < 0).any() for x in (report.bin_count, report.bank_visits, report.level_skips)):
+        raise ProtocolError("it counts fewer than no draws (bin_count, bank_visits, level_skips)")
+    if (report.level_skips > report.level_draws).any():
+        raise ProtocolError("it skips more than it draws (level_skips, level_draws)")
     if order.upload:
         _check_weights(weights, expected)
 

@@ -69,6 +69,8 @@ def report(shard: int, ids: Any, log_loss: float = 0.0, *, losses: int = 5000, *
         "bank_visits": np.zeros(10, np.int64),
         "bin_mean": np.where(bins, log_loss - np.arange(50) / 10, 0.0),
         "bin_count": np.where(bins, losses // 20, 0),
+        "level_draws": np.zeros(50, np.int64),
+        "level_skips": np.zeros(50, np.int64),
     }
     return TrainReport(**(values | changes))
 
