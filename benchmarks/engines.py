@@ -26,8 +26,9 @@ import torch
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import load_splits
+from ret_fl.devices import resolve_device
 from ret_fl.engines import isolated_superlink, run_flwr
-from ret_fl.proxy import ProxyTrainer, resolve_device, train_proxy
+from ret_fl.proxy import ProxyTrainer, train_proxy
 from ret_fl.rundir import RunDir
 from ret_fl.settings import new_run
 from server.app import app as server_app

@@ -19,10 +19,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ret_fl.config import RunConfig
 from ret_fl.data.store import SampleStore
+from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import build_unet
 from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.protocol import TrainOrder
-from ret_fl.proxy import ProxyTrainer, Round, resolve_device
+from ret_fl.proxy import ProxyTrainer, Round
 
 
 def bare_loop(config: RunConfig, store: SampleStore, device: torch.device) -> Callable[[int], None]:

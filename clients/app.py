@@ -15,9 +15,11 @@ from flwr.clientapp import ClientApp
 
 from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits, load_splits
+from ret_fl.devices import resolve_device
+from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
-from ret_fl.proxy import ProxyTrainer, resolve_device, train_proxy
-from ret_fl.proxystate import ProxyFiles, default_state_dir
+from ret_fl.proxy import ProxyTrainer, train_proxy
+from ret_fl.proxystate import ProxyFiles
 
 app = ClientApp()
 
@@ -68,7 +70,7 @@ def train(message: Message, context: Context) -> Message:
             f"the order is about data {order.fingerprint[:16]}, this node has {data.train.fingerprint[:16]}: check "
             "data.source, data.path and the files here"
         )
-    files = ProxyFiles(Path(config.state_dir) if config.state_dir else default_state_dir(), order.run_key)
+    files = ProxyFiles(Path(config.state_dir) if config.state_dir else user_cache("proxies"), order.run_key)
     state = files.load(order.shard, order.proxy_round)
     trained = train_proxy(_trainer(config), order, weights, data.train, data.kind, state)
     if config.optimizer.carry_moments or not order.upload:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from logging import INFO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,12 @@ from ret_fl import pictures
 from ret_fl.audit.replication import CopyReport, copy_report
 from ret_fl.config import RunConfig, describe
 from ret_fl.data.sources import DataSplits
+from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import make_scheduler
 from ret_fl.diffusion.sampling import draw_images, save_pipeline
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State
-from ret_fl.proxy import resolve_device
 from ret_fl.recorder import ema_state
 from ret_fl.rundir import RunDir
 
@@ -103,7 +102,7 @@ def _summary(
             "![Closest](copies.png)",
             "",
         ]
-    lines += _how_to_open(run, config, data)
+    lines += _how_to_open(config, data)
     changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
     lines += ["## Settings that differ from the defaults", ""]
     lines += [f"- `{s.key} = {s.value!r}`" for s in changed if s.key not in ("out", "resume", "state-dir")]
@@ -130,16 +129,25 @@ def _size(rows: list[dict[str, Any]], key: str) -> str:
     return f"{sum(row[key] for row in rows) / 1e6:,.1f} MB"
 
 
-def _how_to_open(run: RunDir, config: RunConfig, data: DataSplits) -> list[str]:
-    folded = fold_factor(config.model, data.train.image_shape)
-    notes = []
-    if folded > 1:
-        notes.append(f"Its images are folded: `torch.nn.functional.pixel_shuffle(images, {folded})` unfolds them.")
+def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
+    more = ["More images, from this folder: `ret-fl sample . --count 64 --out more.png`.", ""]
     if config.model.class_conditional:
-        notes.append("Its U-Net wants `class_labels`; `ret-fl sample` gives it all classes in turn.")
+        return [*more, "It draws all classes in turn; diffusers' own `DDPMPipeline` cannot pass class labels.", ""]
+    folded = fold_factor(config.model, data.train.image_shape)
+    steps = min(100, config.diffusion.timesteps)
+    unfold = [f"images = torch.nn.functional.pixel_shuffle(images, {folded})  # the U-Net works on folded pixels"]
     return [
-        "The model opens in plain diffusers: "
-        f"`diffusers.DDPMPipeline.from_pretrained('{Path(run.path.name) / 'final'}')`. "
-        f"More images: `ret-fl sample {run.path.name} --count 64`. {' '.join(notes)}".rstrip(),
+        *more,
+        "Without ret-fl, from this folder:",
+        "",
+        "```python",
+        "import torch",
+        "from diffusers import DDPMPipeline",
+        "",
+        'pipeline = DDPMPipeline.from_pretrained("final")',
+        f'images = pipeline(batch_size=16, num_inference_steps={steps}, output_type="np").images',
+        "images = torch.from_numpy(images).permute(0, 3, 1, 2)  # [16, C, H, W] in [0, 1]",
+        *(unfold if folded > 1 else []),
+        "```",
         "",
     ]

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from ret_fl.files import sync
 from ret_fl.ledger import LedgerError, ShardLedger
 from ret_fl.protocol import State
-from ret_fl.strategy import ShardState
+from ret_fl.rounds import ShardState
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,15 @@ def _folders(folder: Path) -> list[Path]:
 def any_checkpoint(folder: Path) -> bool:
     """Whether a run ever saved one, readable or not."""
     return bool(_folders(folder))
+
+
+def checkpoints(folder: Path) -> Iterator[tuple[int, State]]:
+    """Round and global weights of every checkpoint, oldest first. Raises `CheckpointError` for a damaged one."""
+    for path in reversed(_folders(folder)):
+        try:
+            yield int(path.name.removeprefix("round-")), load_file(path / "weights.safetensors")
+        except UNREADABLE as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def load_latest(folder: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,9 +30,18 @@ PresetOption = Annotated[
 ]
 
 
-def _stop(message: object) -> typer.Exit:
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads. [default: OMP_NUM_THREADS, else 1]", show_default=False)
+]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def _stop(message: object, code: int = 1) -> typer.Exit:
     typer.secho(str(message), fg=typer.colors.RED, err=True)
-    return typer.Exit(1)
+    return typer.Exit(code)
 
 
 def _settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
@@ -80,7 +90,7 @@ def run(
     except RunFailedError as error:
         raise _stop(error) from None
     except KeyboardInterrupt:
-        raise _stop(f"\nstopped; go on with: ret-fl run --resume {directory.path}") from None
+        raise _stop(f"\nstopped; go on with: ret-fl run --resume {directory.path}", INTERRUPTED) from None
     typer.secho(f"\nResults: {directory.path}", fg=typer.colors.GREEN, bold=True)
     for file, what in (
         ("summary.md", "what came out, on one page"),
@@ -97,7 +107,23 @@ def run(
 def _begun(preset: Path | None, changes: list[str] | None, out: Path | None) -> tuple[RunDir, RunConfig]:
     from ret_fl.settings import new_run
 
-    return new_run(_run_settings(preset, changes), out)
+    settings = _run_settings(preset, changes)
+    _check_data(settings)
+    return new_run(settings, out)
+
+
+def _check_data(settings: dict[str, Scalar]) -> None:
+    """Say what the data is, or what is wrong with it, before any folder is made and any engine started."""
+    from ret_fl.config import RunConfig
+    from ret_fl.data.sources import deal, load_splits
+    from ret_fl.devices import resolve_device
+
+    config = RunConfig.from_flat(settings)
+    resolve_device(config.device)
+    data = load_splits(config.data)
+    deal(config, data)
+    typer.echo(data.describe())
+    load_splits.cache_clear()  # training has the memory to itself
 
 
 def _resumed(resume: Path, preset: Path | None, changes: list[str] | None) -> tuple[RunDir, RunConfig]:
@@ -121,18 +147,26 @@ def _drive(
     from ret_fl.engines import ENGINES
     from ret_fl.progress import RunProgress
 
-    typer.echo(f"{directory.path}: {config.shards} shards, {config.num_server_rounds} rounds, engine {engine}")
+    shards, rounds = _plural(config.shards, "shard"), _plural(config.num_server_rounds, "round")
+    typer.echo(f"{directory.path}: {shards}, {rounds}, engine {engine}")
     with RunProgress(directory, config.num_server_rounds, quiet=verbose):
         ENGINES[engine](app_path, directory, config, nodes, resuming, verbose)
 
 
+def _plural(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 @app.command()
 def config(
+    section: Annotated[
+        str, typer.Argument(help="Only settings that begin so: agc, data, ...", show_default=False)
+    ] = "",
     preset: PresetOption = None,
     changes: SetOption = None,
     toml: Annotated[bool, typer.Option("--toml", help="Print as a preset file, to edit and give to --preset.")] = False,
 ) -> None:
-    """Every setting: value, what is allowed, what it means."""
+    """Every setting, or those of one SECTION: value, what is allowed, what it means."""
     from ret_fl.config import ConfigError, RunConfig, describe
 
     try:
@@ -142,24 +176,28 @@ def config(
     if toml:
         from ret_fl.settings import to_toml
 
-        typer.echo(to_toml(chosen.to_flat()), nl=False)
+        typer.echo(to_toml({k: v for k, v in chosen.to_flat().items() if k.startswith(section)}), nl=False)
         return
+    settings = [s for s in describe(chosen) if s.key.startswith(section)]
+    if not settings:
+        raise _stop(f"no setting begins with {section!r}")
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("setting", "value", "allowed", "meaning"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "setting")
-    section = ""
-    for s in describe(chosen):
+    above = ""
+    for s in settings:
         prefix = s.key.rpartition(".")[0]
-        if prefix != section:
-            section = prefix
+        if prefix != above:
+            above = prefix
             table.add_section()
-            table.add_row(f"[bold]{section}", "", "", "")
+            table.add_row(f"[bold]{prefix}", "", "", "")
         value = f'"{s.value}"' if isinstance(s.value, str) else str(s.value).lower()
         table.add_row(s.key, value, s.allowed.replace("[", "\\["), s.meaning.replace("[", "\\["))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    # written to a file or a pipe there is no width to fit, unless COLUMNS names one
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160).print(table)
 
 
 @app.command()
@@ -171,16 +209,18 @@ def sample(
     out: Annotated[
         Path, typer.Option(help="A .png for a grid, a .npy for uint8 [N, C, H, W], or a folder for one PNG an image.")
     ] = Path("samples.png"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
 ) -> None:
     """Draw images from a trained model."""
     from rich.progress import Progress
 
     from ret_fl.config import ConfigError
+    from ret_fl.devices import limit_threads, resolve_device
     from ret_fl.diffusion.sampling import draw_images, load_pipeline
     from ret_fl.pictures import save_images
-    from ret_fl.proxy import resolve_device
 
+    limit_threads(threads)
     folder = model / "final" if (model / "final").is_dir() else model
     try:
         unet, scheduler, fold = load_pipeline(folder)

@@ -237,7 +237,9 @@ class RunConfig(Section):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where a GPU has it.")
     compile: bool = Field(False, description="torch.compile the U-Net: about a minute once, then faster steps.")
-    threads: int = Field(0, ge=0, description="CPU threads of a proxy; 0 leaves what the engine set.")
+    threads: int = Field(
+        0, ge=0, description="CPU threads of server and clients; 0: one on the server, what the engine gives a client."
+    )
     state_dir: str = Field(
         "", description="Where a client keeps its proxy between rounds; empty: ret-fl in the user's cache."
     )
@@ -276,10 +278,11 @@ class RunConfig(Section):
     def from_flat(cls, settings: Mapping[str, Scalar]) -> RunConfig:
         """Check Flower's flat run config; raises `ConfigError` naming each bad setting."""
         nested: dict[str, Any] = {}
-        known = {s.key for s in describe()}
+        known = [s.key for s in describe()]
         for key, value in settings.items():
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+                same_leaf = [k for k in known if k.rpartition(".")[2] == key]
+                close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"unknown setting {key!r}{hint} (`ret-fl config` lists them all)")
             section, _, leaf = key.rpartition(".")

@@ -62,9 +62,7 @@ def run_inline(app: Path, directory: RunDir, config: RunConfig, nodes: int, resu
         settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "simulations.inline", str(settings), str(nodes)]
         places = [str(app), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # more threads than free cores make small U-Nets many times slower; OMP_NUM_THREADS or `threads` raise it
-        one_thread = {"OMP_NUM_THREADS": "1"} if not config.threads else {}
-        environment = one_thread | os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
         output = None if verbose else log
         code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
     if code:

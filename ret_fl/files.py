@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 
+def user_cache(name: str) -> Path:
+    """The folder ret-fl/`name` in the user's cache (XDG_CACHE_HOME, else ~/.cache); it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ret-fl" / name
+
+
 def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -124,13 +124,13 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss of every shard and of the averaged model, skip rate, moves and quarantine over the rounds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     parts = (
-        ("denoising loss", plot_losses),
-        ("share of draws AGC skipped", plot_skips),
-        ("redistribution", plot_moves),
+        ("denoising loss", "mean squared error", plot_losses),
+        ("draws AGC skipped", "share", plot_skips),
+        ("redistribution", "samples", plot_moves),
     )
-    for axes, (title, plot) in zip(figure.subplots(1, 3), parts, strict=True):
+    for axes, (title, unit, plot) in zip(figure.subplots(1, 3), parts, strict=True):
         plot(axes, rows)
-        axes.set_title(title)
+        axes.set(title=title, ylabel=unit)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

@@ -38,6 +38,7 @@ class RunProgress:
         self.run, self.total, self.quiet = run, total, quiet
         self.console = Console(highlight=False)
         self.shown = len(run.rows())
+        self.said_drawing = False
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,5 +81,8 @@ class RunProgress:
             self.console.print(describe_row(row, self.total), soft_wrap=True)
         self.shown = len(rows)
         done = rows[-1]["round"] if rows else 0
+        if done >= self.total and not self.said_drawing:
+            self.console.print("trained; now drawing images and measuring")
+            self.said_drawing = True
         what = "training" if done < self.total else "drawing images, measuring"
         self.bar.update(self.task, completed=done, description=what if rows else "starting")

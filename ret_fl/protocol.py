@@ -124,7 +124,8 @@ class TrainReport:
     memorized: int64 [a], samples AGC skipped, most often first, with memorized_score float32 [a] (share of visits
     skipped); high_loss: int64 [b], badly fitted samples, worst first, with high_loss_score float32 [b] (mean
     log-ratio). bank_values, bank_visits: the shard's loss bank after the round. bin_mean: float64 [50] and
-    bin_count: int64 [50], mean log-loss by noise level; spread: of a single log-ratio.
+    bin_count: int64 [50], mean log-loss by noise level (low noise only); spread: of a single log-ratio. level_draws,
+    level_skips: int64 [50], draws and AGC's skips by noise level, all of them.
     images went through forward and backward in `seconds`. moments: whether Adam's were carried over.
     start: what training really began from, 'proxy' or 'global'.
     """
@@ -153,6 +154,8 @@ class TrainReport:
     bank_visits: Ids
     bin_mean: NDArray[np.float64]
     bin_count: Ids
+    level_draws: Ids
+    level_skips: Ids
 
     _PER_SAMPLE = ("ids", "visits", "skips", "draws", "log_ratio_sum", "strength")
     _ARRAYS = (
@@ -165,8 +168,13 @@ class TrainReport:
         "bank_visits",
         "bin_mean",
         "bin_count",
+        "level_draws",
+        "level_skips",
     )
-    _INTEGERS = ("ids", "visits", "skips", "draws", "memorized", "high_loss", "bank_visits", "bin_count")
+    _INTEGERS = (
+        *("ids", "visits", "skips", "draws", "memorized", "high_loss"),
+        *("bank_visits", "bin_count", "level_draws", "level_skips"),
+    )
     _METRICS = ("images", "seconds", "loss", "skip_rate", "spread")
     _SCALARS = ("shard", "round", "start", "moments")
 

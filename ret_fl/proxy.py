@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ret_fl.config import ConfigError, RunConfig
+from ret_fl.config import RunConfig
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
@@ -63,18 +63,6 @@ def visit_plan(probability: NDArray[np.float32], visits: int, rng: np.random.Gen
 def round_seed(*parts: int) -> int:
     """A seed for this run seed, round and shard: well mixed, the same on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU there is, else the CPU. Raises `ConfigError` for a device this machine has not."""
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device={name!r} is not to be had here: {str(error).splitlines()[0]}") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class ProxyTrainer:
@@ -342,4 +330,6 @@ def _report(
         bank_visits=round_.bank.visits.cpu().numpy(),
         bin_mean=summary.bin_mean.numpy(),
         bin_count=summary.bin_count.numpy(),
+        level_draws=summary.level_draws.numpy(),
+        level_skips=summary.level_skips.numpy(),
     )

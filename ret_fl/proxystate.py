@@ -7,7 +7,6 @@ keyed by run, shard and round, so a resumed run finds exactly the state of the r
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +36,6 @@ class ProxyState:
 
     moments: Moments
     weights: State | None
-
-
-def default_state_dir() -> Path:
-    """Where clients keep state unless `state-dir` says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ret-fl" / "proxies"
 
 
 class ProxyFiles:

@@ -19,12 +19,12 @@ from ret_fl.checkpoint import Checkpoint, save_checkpoint
 from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits
 from ret_fl.data.store import SampleStore
+from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
 from ret_fl.protocol import State, unpack_state
-from ret_fl.proxy import resolve_device
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
 

@@ -146,6 +146,8 @@ def parse_policy(text: str) -> tuple[list[Policy], bool]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(f"redistribution.policy: no policy {unknown[0]!r}; join some of {', '.join(known)} by '+'")
+    if "none" in names and len(names) > 1:
+        raise ConfigError(f"redistribution.policy: 'none' stands alone (got {text!r})")
     rings = [name for name in names if name in POLICIES and name != "balance"]
     if len(rings) > 1:
         raise ConfigError(

@@ -33,13 +33,21 @@ def show_run(path: Path) -> None:
     if not rows:
         console.print("no round is finished")
         return
-    state = "finished" if run.summary.is_file() else "not finished: ret-fl run --resume goes on"
+    state = _state(run, rows[-1]["round"] >= config.num_server_rounds)
     console.print(f"{rows[-1]['round']} of {config.num_server_rounds} rounds, {state}\n")
     for row in {r["round"]: r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
         console.print(describe_row(row, config.num_server_rounds), soft_wrap=True)
     console.print(_shards(ledger))
     console.print(_tails(ledger))
     console.print(f"where a sample is and how it fared: ret-fl show {path} --sample ID")
+
+
+def _state(run: RunDir, trained: bool) -> str:
+    if not trained:
+        return f"not finished: ret-fl run --resume {run.path} goes on"
+    if not run.summary.is_file():
+        return f"trained; its images are being drawn, or ret-fl run --resume {run.path} draws them"
+    return "finished"
 
 
 def _shards(ledger: ShardLedger) -> Table:

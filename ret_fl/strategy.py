@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
-from ret_fl.mitigation.losslog import BINS
 from ret_fl.protocol import (
     Hello,
     ProtocolError,
@@ -33,77 +32,14 @@ from ret_fl.protocol import (
     TrainReport,
     base_content,
     payload_bytes,
-    unpack_state,
 )
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import is_due, parse_policy, propose, quarantined, shard_fits
-
-TOLD = 10
-"""Sample IDs of each tail that metrics.jsonl names a shard and round."""
+from ret_fl.rounds import RoundSummary, ShardState, check_reply
 
 
 class FederationError(RuntimeError):
     """The run cannot go on: no clients, too few sound replies, or clients with other data."""
-
-
-@dataclass
-class ShardState:
-    """What the server carries of a shard from round to round: its loss bank, and the round its proxy is at."""
-
-    bank_values: NDArray[np.float32]
-    bank_visits: NDArray[np.int64]
-    proxy_round: int = 0
-
-
-@dataclass(frozen=True)
-class RoundSummary:
-    """What happened in a round; `failures` tells why each missing shard is missing."""
-
-    round: int
-    aggregated: bool
-    reports: list[TrainReport]
-    moves: Moves
-    quarantined: int
-    failures: dict[int, str]
-    bytes_down: int
-    bytes_up: int
-    seconds: float
-    gap: float
-
-    def row(self) -> dict[str, object]:
-        """The round's row of metrics.jsonl."""
-        images = sum(r.images for r in self.reports)
-        weight = np.array([r.num_examples for r in self.reports], float)
-        weight = weight / max(weight.sum(), 1)
-        return {
-            "round": self.round,
-            "loss": float(weight @ [r.loss for r in self.reports]),
-            "skip_rate": float(weight @ [r.skip_rate for r in self.reports]),
-            "moved": len(self.moves),
-            "quarantined": self.quarantined,
-            "failures": len(self.failures),
-            "failed_shards": {str(shard): reason for shard, reason in self.failures.items()},
-            "aggregated": self.aggregated,
-            "fresh_moments": sum(r.moments == "fresh" for r in self.reports),
-            "gap": self.gap,
-            "images": images,
-            "images_per_second": images / max(self.seconds, 1e-9),
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "seconds": self.seconds,
-            "shards": {
-                str(r.shard): {
-                    "loss": r.loss,
-                    "skip_rate": r.skip_rate,
-                    "samples": r.num_examples,
-                    "seconds": r.seconds,
-                    "start": r.start,
-                    "memorized": r.memorized[:TOLD].tolist(),
-                    "high_loss": r.high_loss[:TOLD].tolist(),
-                }
-                for r in self.reports
-            },
-        }
 
 
 class _ShardGrid:
@@ -381,9 +317,12 @@ class RedistributeEnsemble(Strategy):
                 if reply.has_error():
                     raise ProtocolError(reply.error.reason)
                 report, weights = TrainReport.unpack(reply.content)
+                if shard not in self._open.orders:
+                    raise ProtocolError("it answers no order of this round")
                 if shard in sound:
                     raise ProtocolError("a second reply for the same shard")
-                self._check(round, shard, report, weights)
+                check_reply(report, weights, self._open.orders[shard], self.shards[shard], self._open.arrays)
+                self.ledger.check_report(report)
                 sound[shard] = (reply, report, weights)
             except (ProtocolError, LedgerError) as error:
                 failures[shard] = str(error)
@@ -394,47 +333,12 @@ class RedistributeEnsemble(Strategy):
                 log(WARNING, "round %d: shard %d: %s", round, shard, failures[shard])
         return [sound[shard] for shard in sorted(sound)], failures
 
-    def _check(self, round: int, shard: int, report: TrainReport, weights: ArrayRecord | None) -> None:
-        """Raise if a reply is not the answer to this round's order for `shard`, or its weights cannot be averaged."""
-        if report.shard != shard or shard not in self._open.orders:
-            raise ProtocolError(f"it is about shard {report.shard}")
-        if report.round != round:
-            raise ProtocolError(f"it answers round {report.round}")
-        if report.num_examples != len(self._open.orders[shard].ids):
-            raise ProtocolError(
-                f"it counts {report.num_examples} examples, the order had {len(self._open.orders[shard].ids)}"
-            )
-        self.ledger.check_report(report)
-        state = self.shards[shard]
-        for name in ("bank_values", "bank_visits"):
-            told = getattr(report, name)
-            if told.shape != getattr(state, name).shape or not np.isfinite(told).all():
-                raise ProtocolError(f"its {name} has a wrong shape or is not finite")
-        if any(x.shape != (BINS,) or not np.isfinite(x).all() for x in (report.bin_mean, report.bin_count)):
-            raise ProtocolError("its noise bins (bin_mean, bin_count) have a wrong shape or are not finite")
-        if (report.bin_count < 0).any() or (report.bank_visits < 0).any():
-            raise ProtocolError("it counts fewer than no draws (bin_count, bank_visits)")
-        if not self.aggregates(round):
-            return
-        if weights is None:
-            raise ProtocolError("it has no weights")
-        expected = self._open.arrays
-        if set(weights) != set(expected):
-            raise ProtocolError(f"its weights have other names: {sorted(set(weights) ^ set(expected))[:3]}")
-        # the arrays as decoded, not what their headers say: the base strategy will decode them again
-        for name, array in unpack_state(weights).items():
-            shape = tuple(expected[name].shape)
-            if array.dtype != np.float32 or array.shape != shape:
-                raise ProtocolError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
-            if not np.isfinite(array).all():
-                raise ProtocolError(f"{name} is not finite")
-
     def _average(
         self, server_round: int, sound: list[tuple[Message, TrainReport, ArrayRecord | None]]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         messages = []
         for message, report, weights in sound:
-            assert weights is not None  # _check saw to it
+            assert weights is not None  # check_reply saw to it
             message.content = base_content(weights, report)
             messages.append(message)
         arrays, metrics = self.base.aggregate_train(server_round, messages)

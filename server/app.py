@@ -13,12 +13,11 @@ from flwr.serverapp import Grid, ServerApp
 from ret_fl.artefacts import finish
 from ret_fl.checkpoint import Checkpoint, any_checkpoint, load_latest
 from ret_fl.config import ConfigError, RunConfig
-from ret_fl.data.partition import partition
-from ret_fl.data.sources import DataSplits, load_splits
+from ret_fl.data.sources import DataSplits, deal, load_splits
+from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
-from ret_fl.proxy import resolve_device
 from ret_fl.recorder import RunRecorder
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
@@ -41,10 +40,12 @@ def main(grid: Grid, context: Context) -> None:
         checkpoint = None
     config = run.read_config()
     resolve_device(config.device)
+    limit_threads(config.threads)
     check_pretrained_schedule(config.model, config.diffusion)
     log(INFO, "results: %s", run.path)
 
     data = load_splits(config.data)
+    log(INFO, "data: %s", data.describe())
     strategy, weights = _resumed(config, data, checkpoint) if checkpoint else fresh_strategy(config, data)
     _warn_of_duplicates(config, data, strategy.ledger)
     recorder = RunRecorder(run, config, strategy, data)
@@ -71,13 +72,11 @@ def _warn_of_ignored(asked: RunConfig, stored: RunConfig) -> None:
 def fresh_strategy(config: RunConfig, data: DataSplits) -> tuple[RedistributeEnsemble, State]:
     """Strategy and first weights of a new run."""
     train = data.train
-    labels = None if train.labels is None else train.labels.numpy()
-    shard = partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)
     unet = build_unet(config.model, train.image_shape, train.num_classes, config.seed)
     state = {name: value.numpy() for name, value in unet.state_dict().items()}
     weights = {f"{part}.{name}": value for part in ("raw", "ema") for name, value in state.items()}
     strategy = RedistributeEnsemble(
-        ShardLedger.start(shard, config.shards),
+        ShardLedger.start(deal(config, data), config.shards),
         config,
         fingerprint=train.fingerprint,
         content=train.content_hashes,

@@ -14,14 +14,14 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
-from ret_fl.data.partition import partition
-from ret_fl.data.sources import load_splits
+from ret_fl.data.sources import deal, load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.proxy import ProxyTrainer
+from ret_fl.rounds import RoundSummary
 from ret_fl.rundir import RunDir
-from ret_fl.strategy import RedistributeEnsemble, RoundSummary
+from ret_fl.strategy import RedistributeEnsemble
 from simulations.inline import InlineGrid, run_inline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,11 +116,10 @@ def make_federation(
     config: RunConfig, client: Client = client_app, nodes: int | None = None, base: Strategy | None = None
 ) -> Federation:
     """A federation of real clients, or of `client` in their place."""
-    train = load_splits(config.data).train
-    labels = None if train.labels is None else train.labels.numpy()
-    shard = partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)
+    data = load_splits(config.data)
+    train = data.train
     strategy = RedistributeEnsemble(
-        ShardLedger.start(shard, config.shards),
+        ShardLedger.start(deal(config, data), config.shards),
         config,
         fingerprint=train.fingerprint,
         content=train.content_hashes,

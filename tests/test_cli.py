@@ -108,6 +108,18 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "a list": (["--set", "seed=[1, 2]"], ["seed"]),
     "an unknown engine": (["--engine", "turbo"], ["--engine", "flwr", "inline", "turbo"]),
     "a missing preset": (["--preset", "nowhere.toml"], ["--preset", "nowhere.toml"]),
+    "data that is not there": (
+        ["--set", "data.source=image-folder", "--set", "data.path=nowhere"],
+        ["data.path", "nowhere"],
+    ),
+    "a parquet file that is not there": (
+        ["--set", "data.source=hf", "--set", "data.path=no.parquet"],
+        ["data.path", "no.parquet", "does not exist"],
+    ),
+    "more shards than images": (["--set", "shards=800"], ["shards", "719"]),
+    "a device that is not there": (["--set", "device=cuda:99"], ["device='cuda:99'", "device=auto"]),
+    "a setting without its section": (["--set", "lr=1"], ["lr", "optimizer.lr"]),
+    "none with another policy": (["--set", "redistribution.policy=none+balance"], ["redistribution.policy", "none"]),
     "a folder without an app": (["--app", "/tmp"], ["/tmp", "--app"]),
     "resuming nothing": (["--resume", "nowhere"], ["nowhere", "config.json"]),
 }
@@ -151,13 +163,13 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_says_why_and_where_the_log_is(tmp_path: Path) -> None:
-    missing = {"data.source": "image-folder", "data.path": tmp_path / "no-such-folder"}
+    missing = {"model.init-from": tmp_path / "no-such-folder"}
     out = tmp_path / "run"
     result = ret_fl("run", "--engine", "inline", "--app", ROOT, "--out", out, *changes(SETTINGS | missing))
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
-    for words in ("data.path", "no-such-folder", str(out / "flower.log")):
+    for words in ("model.init-from", "no-such-folder", str(out / "flower.log")):
         assert words in result.stderr
     assert "Traceback" in (out / "flower.log").read_text()
 
@@ -253,17 +265,15 @@ def test_the_summary_names_results_and_settings(run_dir: Path) -> None:
     assert "nan" not in text.lower().split()
 
 
-def test_diffusers_opens_the_model_without_ret_fl(run_dir: Path) -> None:
-    code = (
-        "import sys, torch\nfrom diffusers import DDPMPipeline\n"
-        f"pipe = DDPMPipeline.from_pretrained({str(run_dir / 'final')!r})\n"
-        "pipe.set_progress_bar_config(disable=True)\n"
-        "image = pipe(num_inference_steps=2, output_type='np').images\n"
-        "print(image.shape, 'ret_fl' in sys.modules)\n"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=run_dir, check=False)
+@pytest.mark.parametrize("fold", [1, 2])
+def test_the_code_in_the_summary_draws_without_ret_fl(tmp_path: Path, fold: int) -> None:
+    settings = SETTINGS | {"model.pixel-unshuffle": fold, "diffusion.timesteps": 50, "agc.t-max": 25, "samples": 0}
+    assert ret_fl("run", "--engine", "inline", "--app", ROOT, "--out", tmp_path, *changes(settings)).exit_code == 0
+    code = (tmp_path / "summary.md").read_text().split("```python\n")[1].split("```")[0]
+    code = "import sys\n" + code + "print(tuple(images.shape), 'ret_fl' in sys.modules)\n"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.strip().endswith("(1, 8, 8, 1) False")
+    assert answer.stdout.strip().endswith("(16, 1, 8, 8) False")
 
 
 def test_a_run_leaves_only_what_is_documented(run_dir: Path) -> None:

@@ -54,6 +54,8 @@ def report(shard: int, ids: Any, **changes: Any) -> TrainReport:
         "bank_visits": np.zeros(10, np.int64),
         "bin_mean": np.zeros(50),
         "bin_count": np.zeros(50, np.int64),
+        "level_draws": np.zeros(50, np.int64),
+        "level_skips": np.zeros(50, np.int64),
     }
     return TrainReport(**(sound | changes))
 

@@ -90,6 +90,8 @@ def a_report() -> TrainReport:
         bank_visits=rng.integers(0, 9, cells),
         bin_mean=rng.normal(size=bins),
         bin_count=rng.integers(0, 9, bins),
+        level_draws=rng.integers(5, 9, bins),
+        level_skips=rng.integers(0, 5, bins),
     )
 
 

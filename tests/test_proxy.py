@@ -280,6 +280,9 @@ def test_a_full_report_speaks_of_every_sample_in_the_orders_order(tiny: Tiny) ->
     assert report.skip_rate == pytest.approx(report.skips.sum() / report.visits.sum())
     assert (report.draws <= report.visits).all()
     assert report.draws.sum() == report.bin_count.sum()
+    low = int(0.4 * len(report.level_draws))
+    np.testing.assert_array_equal(report.level_draws[:low], report.bin_count[:low])
+    assert (report.level_draws.sum(), report.level_skips.sum()) == (report.visits.sum(), report.skips.sum())
     assert abs(report.log_ratio_sum.sum()) < 1e-9  # ratios to the shard's own mean
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ret_fl import redistribution
 from ret_fl.config import ConfigError, QuarantineConfig, RedistributionConfig, RunConfig
 from ret_fl.ledger import Moves, ShardLedger
 from ret_fl.protocol import TrainReport
@@ -67,6 +69,8 @@ def report(shard: int, ids: Any, log_loss: float = 0.0, *, losses: int = 5000, *
         "bank_visits": np.zeros(10, np.int64),
         "bin_mean": np.where(bins, log_loss - np.arange(50) / 10, 0.0),
         "bin_count": np.where(bins, losses // 20, 0),
+        "level_draws": np.zeros(50, np.int64),
+        "level_skips": np.zeros(50, np.int64),
     }
     return TrainReport(**(values | changes))
 
@@ -428,3 +432,16 @@ class TestQuarantine:
             even = with_ratios(ledger_of(20), np.ones(20))
             even.draws *= 5
             assert not quarantined(even, config).any()
+
+
+def test_the_policy_in_the_readme_moves_reported_samples() -> None:
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    module = vars(redistribution) | {"POLICIES": {}}
+    exec(compile(code, "README.md", "exec"), module)
+    ledger = ledger_of(10, 10, 10)
+    told = [report(shard, ledger.ids(shard), memorized=ledger.ids(shard)[:4]) for shard in range(3)]
+    moves = propose([module["POLICIES"]["spread"]], ledger, told, rng(), RedistributionConfig(fraction=0.2))
+    ledger.apply(moves)
+    ledger.check()
+    assert sorted(moves.ids) == sorted(i for shard in range(3) for i in told[shard].memorized[:2])
+    assert (moves.source != moves.target).all()

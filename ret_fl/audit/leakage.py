@@ -155,7 +155,7 @@ def _auc_interval(members: np.ndarray, non_members: np.ndarray, draws: int, rng:
 def _tpr_interval(
     members: np.ndarray, non_members: np.ndarray, one_in: int, draws: int, rng: np.random.Generator
 ) -> Interval:
-    """Share of members (sorted) below the lowest threshold that lets more than `1 / one_in` of non-members pass."""
+    """Share of members at a threshold that at most `1 / one_in` of the non-members stay below; both sets sorted."""
     m, n = len(members), len(non_members)
     # how many members score below the r-th lowest non-member, r = 0..n+1
     below = np.concatenate([[0], np.searchsorted(members, non_members, "left"), [m]])

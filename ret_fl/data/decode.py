@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.images import ImageSet
+from ret_fl.files import user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,7 @@ class Encoded:
 
 def cache_dir(config: DataConfig) -> Path:
     """data.cache-dir, or ret-fl/data in the user's cache (XDG_CACHE_HOME, else ~/.cache)."""
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ret-fl" / "data"
+    return Path(config.cache_dir).expanduser() if config.cache_dir else user_cache("data")
 
 
 def describe_files(files: list[Path], root: Path) -> list[tuple[str, int, int]]:

@@ -54,7 +54,7 @@ def _local(path: str) -> tuple[Path, list[Path]]:
                 "for a folder of image files set data.source=image-folder"
             )
         return given, files
-    if given.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+    if given.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or given.suffix == ".parquet":
         raise ConfigError(f"data.path: {given} does not exist")
     return Path(), []
 

@@ -11,12 +11,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from ret_fl.config import ConfigError, DataConfig
+from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.builtin import load_builtin
 from ret_fl.data.folder import load_folder
 from ret_fl.data.hf import load_hf
 from ret_fl.data.images import ImageSet, Kind
-from ret_fl.data.partition import interleave
+from ret_fl.data.partition import interleave, partition
 from ret_fl.data.store import SampleStore
 
 
@@ -39,6 +39,21 @@ class DataSplits:
     kind: Kind
     unreadable: tuple[str, ...]
 
+    def describe(self) -> str:
+        """The sizes in one line, for people."""
+        train, (channels, height, width) = self.train, self.train.image_shape
+        distinct = len(np.unique(train.content_hashes))
+        parts = [f"{len(train):,} training images of {channels}x{height}x{width}"]
+        if distinct < len(train):
+            canaries, repeats = self.canaries.shape
+            parts[0] += f" ({distinct:,} distinct" + (f", {canaries} of them {repeats} times)" if canaries else ")")
+        parts += [f"{len(self.held_out):,} held out"]
+        if self.reference is not None:
+            parts += [f"{len(self.reference):,} for reference"]
+        if self.unreadable:
+            parts += [f"{len(self.unreadable):,} unreadable and skipped"]
+        return ", ".join(parts)
+
 
 @lru_cache(maxsize=4)
 def load_splits(config: DataConfig) -> DataSplits:
@@ -47,7 +62,7 @@ def load_splits(config: DataConfig) -> DataSplits:
     Raises:
         ConfigError: the source cannot be read, or has too few images for what is asked.
     """
-    found = _load(config)
+    found = load_images(config)
     store = SampleStore(found.images, found.labels, found.num_classes)
     rng = np.random.default_rng(config.seed)
     contents = _Contents(store, found)
@@ -64,7 +79,15 @@ def load_splits(config: DataConfig) -> DataSplits:
     )
 
 
-def _load(config: DataConfig) -> ImageSet:
+def deal(config: RunConfig, data: DataSplits) -> np.ndarray:
+    """The first shard of each training sample, int32 [N], as `partition`. Raises `ConfigError` if they do not fit."""
+    train = data.train
+    labels = None if train.labels is None else train.labels.numpy()
+    return partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)
+
+
+def load_images(config: DataConfig) -> ImageSet:
+    """All images of the source, undivided. Raises `ConfigError` if it cannot be read."""
     if config.source == "image-folder":
         return load_folder(config)
     if config.source == "hf":

@@ -23,6 +23,7 @@ class LossSummary:
 
     visits, skips: int64 [n]; draws: int64 [n], visits at low noise; log_ratio_sum: float64 [n], over these draws.
     bin_mean: float64 [BINS], mean log-loss of the shard at low noise; bin_count: int64 [BINS], its draws.
+    level_draws, level_skips: int64 [BINS], draws and skips at every noise level, t from 0 to T.
     spread: standard deviation of a single log-ratio. loss: mean loss of all draws. skip_rate: share skipped.
     """
 
@@ -32,6 +33,8 @@ class LossSummary:
     log_ratio_sum: Tensor
     bin_mean: Tensor
     bin_count: Tensor
+    level_draws: Tensor
+    level_skips: Tensor
     spread: float
     loss: float
     skip_rate: float
@@ -55,8 +58,9 @@ class LossLog:
         def per_sample(values: Tensor, where: Tensor) -> Tensor:
             return torch.zeros(self.samples, dtype=values.dtype).index_add_(0, where, values)
 
+        level = t * BINS // self.num_timesteps
         low = t < LOW_NOISE * self.num_timesteps
-        cell = t[low] * BINS // self.num_timesteps
+        cell = level[low]
         log_loss = loss[low].double().clamp(min=1e-30).log()
         count = torch.bincount(cell, minlength=BINS)
         mean = torch.zeros(BINS, dtype=torch.float64).index_add_(0, cell, log_loss) / count.clamp(min=1)
@@ -68,6 +72,8 @@ class LossLog:
             log_ratio_sum=per_sample(log_ratio, position[low]),
             bin_mean=mean,
             bin_count=count,
+            level_draws=torch.bincount(level, minlength=BINS),
+            level_skips=torch.bincount(level[~keep], minlength=BINS),
             spread=float(log_ratio.std()) if len(log_ratio) > 1 else 0.0,
             loss=float(loss.double().mean()),
             skip_rate=float((~keep).double().mean()),
