@@ -11,6 +11,7 @@ read from the operating system, in a process of their own.
 import argparse
 import multiprocessing
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def measure(images: int, size: int, channels: int, k: int, repeats: int) -> Tabl
     if not torch.allclose(found, by_lists, rtol=1e-5):
         raise RuntimeError("nearest and the list loop disagree: the times below would mean nothing")
 
-    # Alternating, and the best of each: other users of the machine only ever add time, and not evenly.
+    # Other users of the machine add time unevenly: ratios are taken within a round, and their median counts.
     rounds = [
         (
             seconds(lambda: product(generated, train)),
@@ -71,16 +72,19 @@ def measure(images: int, size: int, channels: int, k: int, repeats: int) -> Tabl
         )
         for _ in range(repeats)
     ]
-    gemm, ours, lists = (min(times) for times in zip(*rounds, strict=True))
+    typical = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    shares = [statistics.median(spent[0] / spent[way] for spent in rounds) for way in range(3)]
+    faster = statistics.median(lists / ours for _, ours, lists in rounds)
     table = Table(
         title=f"{images} x {images} images of {channels}x{size}x{size}, k={k}, {torch.get_num_threads()} threads"
     )
     for column in ("way", "seconds", "GFLOP/s", "share of product rate"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    for name, spent in (("matrix product", gemm), ("nearest", ours), (f"list loop (from {few} queries)", lists)):
+    names = ("matrix product", "nearest", f"list loop (from {few} queries)")
+    for name, spent, share in zip(names, typical, shares, strict=True):
         rate = 2 * images * images * channels * size * size / spent / 1e9
-        table.add_row(name, f"{spent:.2f}", f"{rate:.1f}", f"{gemm / spent:.1%}")
-    table.caption = f"nearest is {lists / ours:.0f} times as fast as the list loop"
+        table.add_row(name, f"{spent:.2f}", f"{rate:.1f}", f"{share:.1%}")
+    table.caption = f"medians of {repeats} rounds; nearest is {faster:.0f} times as fast as the list loop"
     return table
 
 
@@ -123,7 +127,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="height and width in pixels (default 32)")
     parser.add_argument("--channels", type=int, default=3, help="channels (default 3)")
     parser.add_argument("--k", type=int, default=50, help="neighbours (default 50)")
-    parser.add_argument("--repeats", type=int, default=2, help="timed runs, the best counts (default 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default 3)")
     parser.add_argument("--no-memory", action="store_true", help="measure times only")
     options = parser.parse_args()
     size, channels, k = options.size, options.channels, options.k

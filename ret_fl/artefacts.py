@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.common.logger import log
-from torch import Tensor
 
 from ret_fl import pictures
-from ret_fl.audit.replication import CopyReport, copy_report
+from ret_fl.audit.folder import save_audit
+from ret_fl.audit.report import percent, verdict, with_interval
+from ret_fl.audit.run import Options
+from ret_fl.audit.schema import Audit
+from ret_fl.auditing import Drawing, data_of, draw, measure
 from ret_fl.config import RunConfig, describe
 from ret_fl.data.sources import DataSplits
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import make_scheduler
-from ret_fl.diffusion.sampling import draw_images, save_pipeline
+from ret_fl.diffusion.sampling import save_pipeline
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State
 from ret_fl.recorder import ema_state
@@ -25,42 +28,32 @@ from ret_fl.rundir import RunDir
 
 
 def finish(run: RunDir, config: RunConfig, data: DataSplits, weights: State, ledger: ShardLedger) -> None:
-    """Write final/, samples.npy, the pictures and summary.md into the run's folder."""
+    """Write final/, samples.npy, the pictures, the audit and summary.md into the run's folder."""
     store = data.train
     unet = build_unet(config.model, store.image_shape, store.num_classes, config.seed)
     unet.load_state_dict(ema_state(weights))
-    scheduler = make_scheduler(config.diffusion)
-    fold = fold_factor(config.model, store.image_shape)
-    save_pipeline(run.final, unet, scheduler, fold)
+    save_pipeline(run.final, unet, make_scheduler(config.diffusion), fold_factor(config.model, store.image_shape))
     rows = run.rows()
     pictures.save_curves(rows, run.path / "curves.png")
-    copies = None
-    if config.samples:
-        log(INFO, "drawing %d images", config.samples)
-        images = draw_images(
-            unet,
-            scheduler,
-            config.samples,
-            seed=config.seed,
-            steps=config.sample_steps,
-            fold=fold,
-            device=resolve_device(config.device),
-        )
-        np.save(run.samples, (images * 255).round().to(torch.uint8).numpy())
-        pictures.save_grid(images[:100], run.path / "samples.png")
-        copies = _copies(run, data, images)
-    run.summary.write_text(_summary(run, config, data, ledger, rows, copies))
+    audit = _audited(run, config) if config.samples else None
+    run.summary.write_text(_summary(run, config, data, ledger, rows, audit))
 
 
-def _copies(run: RunDir, data: DataSplits, images: Tensor) -> CopyReport | None:
-    if data.reference is None:
-        return None
-    canaries = data.canaries if len(data.canaries) else None
-    report = copy_report(images, data.train.unit(), data.reference.unit(), canaries=canaries)
-    originals = data.train.unit(report.index)
-    pairs = pictures.closest_pairs("", images, originals, report.ratio, report.index)
-    pictures.save_pairs([pairs], run.path / "copies.png")
-    return report
+def _audited(run: RunDir, config: RunConfig) -> Audit:
+    """Draw images, audit them, and keep both in the run's folder."""
+    log(INFO, "drawing %d images", config.samples)
+    drawing = Drawing(samples=config.samples, seed=config.seed, steps=config.sample_steps)
+    options = Options(device=resolve_device(config.device))
+    generated = draw(run.path, run.audit, drawing, options)
+    np.save(run.samples, (generated.images * 255).round().to(torch.uint8).numpy())
+    pictures.save_grid(generated.images[:100], run.path / "samples.png")
+    audit, shown = measure(
+        run.path, generated, data_of(config), options=options, on_stage=lambda stage: log(INFO, "audit: %s", stage)
+    )
+    if shown.worst is not None:
+        pictures.save_pairs([shown.worst], run.path / "copies.png")
+    save_audit(run.audit, audit, shown)
+    return audit
 
 
 def _summary(
@@ -69,11 +62,11 @@ def _summary(
     data: DataSplits,
     ledger: ShardLedger,
     rows: list[dict[str, Any]],
-    copies: CopyReport | None,
+    audit: Audit | None,
 ) -> str:
     last = rows[-1] if rows else {}
     measured = [row for row in rows if "train_loss" in row]
-    lines = [f"# {config.name}", "", *_copy_lines(data, copies), "", "| | |", "|---|---|"]
+    lines = [f"# {config.name}", "", *_copy_lines(audit), "", "| | |", "|---|---|"]
     facts: list[tuple[str, str]] = [
         ("rounds", f"{last.get('round', 0)}, {config.shards} shards of {', '.join(map(str, ledger.sizes()))} samples"),
         ("images trained on", f"{sum(row['images'] for row in rows):,}"),
@@ -94,10 +87,9 @@ def _summary(
     lines += ["", "![Training](curves.png)", ""]
     if config.samples:
         lines += ["Samples of the final model:", "", "![Samples](samples.png)", ""]
-    if copies is not None:
+    if audit is not None:
         lines += [
-            "The samples closest to a training image with that image below, one for each training image. r is the "
-            "squared distance to it over that to the nearest reference image; below 0.3 it counts as a copy:",
+            _what_is_closest(audit),
             "",
             "![Closest](copies.png)",
             "",
@@ -109,20 +101,29 @@ def _summary(
     return "\n".join(lines) + "\n"
 
 
-def _copy_lines(data: DataSplits, copies: CopyReport | None) -> list[str]:
-    if copies is None:
-        return ["No copy rate: it needs `samples` > 0 and `data.reference = true`."]
-    count = len(copies.ratio)
-    text = (
-        f"**Copy rate {copies.rate:.2%}** (95 % interval {copies.low:.2%} to {copies.high:.2%}, {count} samples, "
-        f"{copies.distinct} distinct training images copied)."
+def _copy_lines(audit: Audit | None) -> list[str]:
+    if audit is None:
+        return ["No audit: `samples = 0`."]
+    lines = [f"**{verdict(audit)}**"]
+    if audit.replication.copy_rates:
+        copies = audit.replication.copy_rates[0]
+        lines.append(f"Copy rate {with_interval(copies.rate)}, {copies.distinct} distinct training images copied.")
+        if copies.canary is not None:
+            lines[-1] += f" Copies of canaries: {percent(copies.canary)}."
+        if copies.floor is not None:
+            lines[-1] += f" Real held-out images score {percent(copies.floor.value)}: that is the floor."
+    return ["\n\n".join([*lines, "The whole audit: [audit/report.html](audit/report.html)."])]
+
+
+def _what_is_closest(audit: Audit) -> str:
+    text = "The samples closest to a training image with that image below, one for each training image."
+    if not audit.replication.copy_rates:
+        return f"{text} r is the squared distance; without reference images no copy rate can be told:"
+    threshold = audit.replication.copy_rates[0].threshold
+    return (
+        f"{text} r is the squared distance to it over that to the nearest reference image; below {threshold:g} it "
+        "counts as a copy:"
     )
-    if copies.canary_rate is not None:
-        text += f" Copies of canaries: {copies.canary_rate:.2%}."
-    if data.reference is not None and len(data.held_out):
-        floor = copy_report(data.held_out.unit(), data.train.unit(), data.reference.unit())
-        text += f" Real held-out images score {floor.rate:.2%}: at or below that, nothing is copied."
-    return [text]
 
 
 def _size(rows: list[dict[str, Any]], key: str) -> str:

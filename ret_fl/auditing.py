@@ -16,7 +16,7 @@ import torch
 from ret_fl.audit import schema
 from ret_fl.audit.features import load_features
 from ret_fl.audit.folder import save_audit
-from ret_fl.audit.generate import generate, load_denoiser, read_images
+from ret_fl.audit.generate import Generated, generate, load_denoiser, read_images
 from ret_fl.audit.plots import plane_figure
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import AuditData, Background, Options, run_audit
@@ -82,11 +82,12 @@ def audit_model(
     Raises:
         ValueError, FileNotFoundError: the model or the data cannot be used; the message says what to change.
     """
+    path, folder, options = Path(model), audit_folder(Path(model), out), options or Options()
     real = open_data(data if data is not None else model, reference, held_out, drawing)
-    audit, pictures = measure(
-        Path(model), real, audit_folder(Path(model), out), features, drawing, options, leakage, on_stage, on_drawn
-    )
-    save_audit(audit_folder(Path(model), out), audit, pictures)
+    on_stage(f"images of {model}")
+    generated = draw(path, folder, drawing, options, on_drawn)
+    audit, pictures = measure(path, generated, real, features, options, leakage, on_stage)
+    save_audit(folder, audit, pictures)
     return audit
 
 
@@ -102,22 +103,16 @@ def is_run(path: Path) -> bool:
     return (path / "config.json").is_file() and (path / "final").is_dir()
 
 
-def measure(
+def draw(
     model: Path,
-    data: AuditData,
     folder: Path,
-    features: Sequence[str] = (),
     drawing: Drawing | None = None,
     options: Options | None = None,
-    leakage: bool = True,
-    on_stage: Stage = lambda stage: None,
     on_drawn: Drawn | None = None,
-) -> tuple[schema.Audit, Pictures]:
-    """The audit of one model against data already open; drawn images are kept in `folder`."""
+) -> Generated:
+    """Images of `model`; those it draws are kept in the audit's `folder`, and not drawn again."""
     drawing, options = drawing or Drawing(), options or Options()
-    loaded = [load_features(spec, device=options.device) for spec in features]
-    on_stage(f"images of {model}")
-    generated = generate(
+    return generate(
         model,
         samples=drawing.samples,
         seed=drawing.seed,
@@ -130,6 +125,20 @@ def measure(
         device=options.device,
         on_progress=on_drawn,
     )
+
+
+def measure(
+    model: Path,
+    generated: Generated,
+    data: AuditData,
+    features: Sequence[str] = (),
+    options: Options | None = None,
+    leakage: bool = True,
+    on_stage: Stage = lambda stage: None,
+) -> tuple[schema.Audit, Pictures]:
+    """The audit of one model's images against data already open; a run's folder adds what it recorded."""
+    options = options or Options()
+    loaded = [load_features(spec, device=options.device) for spec in features]
     run = RunDir.existing(model) if is_run(model) else None
     return run_audit(
         model,
@@ -305,24 +314,26 @@ def compare(
     features: Sequence[str] = (),
     drawing: Drawing | None = None,
     options: Options | None = None,
+    leakage: bool = True,
     on_stage: Stage = lambda stage: None,
     on_drawn: Drawn | None = None,
 ) -> tuple[list[schema.Audit], schema.Audit | None]:
     """Audit several models against the same data, and write them side by side into `out`.
 
-    out/<name>/ has each model's audit, out/report.html the first model that is not the baseline beside all others,
-    out/plane.png the copy-quality plane. early_stop: models of one training at growing lengths, oldest first.
+    out/<name>/ has each model's audit, whose report shows the others beside it; out/plane.png is the copy-quality
+    plane. early_stop: models of one training at growing lengths, oldest first.
 
     Returns the audits in the order of `models`, and the baseline's. Raises as `audit_model`.
     """
     names = unique_names([*models, *early_stop])
 
-    def one(path: Path, name: str, leakage: bool) -> tuple[schema.Audit, Pictures]:
+    def one(path: Path, name: str, by_losses: bool) -> tuple[schema.Audit, Pictures]:
         folder = out / name.replace("/", "-")
-        audit, pictures = measure(path, data, folder, features, drawing, options, leakage, on_stage, on_drawn)
-        return audit.model_copy(update={"model": audit.model.model_copy(update={"name": name})}), pictures
+        on_stage(f"images of {name}")
+        generated = replace(draw(path, folder, drawing, options, on_drawn), name=name)
+        return measure(path, generated, data, features, options, by_losses, on_stage)
 
-    found = [one(path, name, True) for path, name in zip(models, names, strict=False)]
+    found = [one(path, name, leakage) for path, name in zip(models, names, strict=False)]
     curve = [one(path, name, False)[0] for path, name in zip(early_stop, names[len(models) :], strict=True)]
     audits = [audit for audit, _ in found]
     base = audits[list(models).index(baseline)] if baseline is not None else None

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ret_fl import cli_audit
+from ret_fl.cli_options import DeviceOption, ThreadsOption, stop
+
 if TYPE_CHECKING:
     from ret_fl.config import RunConfig, Scalar
     from ret_fl.rundir import RunDir
@@ -30,18 +33,8 @@ PresetOption = Annotated[
 ]
 
 
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads. [default: OMP_NUM_THREADS, else 1]", show_default=False)
-]
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
-
-
-def _stop(message: object, code: int = 1) -> typer.Exit:
-    typer.secho(str(message), fg=typer.colors.RED, err=True)
-    return typer.Exit(code)
 
 
 def _settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
@@ -79,20 +72,21 @@ def run(
     from ret_fl.engines import ENGINES, RunFailedError, check_app
 
     if engine not in ENGINES:
-        raise _stop(f"--engine must be one of {', '.join(ENGINES)} (got {engine!r})")
+        raise stop(f"--engine must be one of {', '.join(ENGINES)} (got {engine!r})")
     try:
         app_path = check_app(app_folder)
         directory, config = _resumed(resume, preset, changes) if resume else _begun(preset, changes, out)
     except (ConfigError, OSError) as error:
-        raise _stop(error) from None
+        raise stop(error) from None
     try:
         _drive(engine, app_path, directory, config, nodes or config.shards, resuming=bool(resume), verbose=verbose)
     except RunFailedError as error:
-        raise _stop(error) from None
+        raise stop(error) from None
     except KeyboardInterrupt:
-        raise _stop(f"\nstopped; go on with: ret-fl run --resume {directory.path}", INTERRUPTED) from None
+        raise stop(f"\nstopped; go on with: ret-fl run --resume {directory.path}", INTERRUPTED) from None
     typer.secho(f"\nResults: {directory.path}", fg=typer.colors.GREEN, bold=True)
     for file, what in (
+        ("audit/report.html", "does it copy? copies, quality, leakage"),
         ("summary.md", "what came out, on one page"),
         ("final", "the model, for diffusers"),
         ("samples.png", "images it draws"),
@@ -100,7 +94,7 @@ def run(
         ("curves.png", "loss, skips, moves"),
     ):
         if (directory.path / file).exists():
-            typer.echo(f"  {file:<12} {what}")
+            typer.echo(f"  {file:<18} {what}")
     typer.echo(next(line for line in directory.summary.read_text().splitlines()[1:] if line).replace("**", ""))
 
 
@@ -172,7 +166,7 @@ def config(
     try:
         chosen = RunConfig.from_flat(_settings(preset, changes))
     except ConfigError as error:
-        raise _stop(error) from None
+        raise stop(error) from None
     if toml:
         from ret_fl.settings import to_toml
 
@@ -180,7 +174,7 @@ def config(
         return
     settings = [s for s in describe(chosen) if s.key.startswith(section)]
     if not settings:
-        raise _stop(f"no setting begins with {section!r}")
+        raise stop(f"no setting begins with {section!r}")
     from rich.console import Console
     from rich.table import Table
 
@@ -225,11 +219,11 @@ def sample(
     try:
         unet, scheduler, fold = load_pipeline(folder)
     except (OSError, ValueError) as error:
-        raise _stop(f"{folder} holds no model that ret-fl can draw from: {error}") from None
+        raise stop(f"{folder} holds no model that ret-fl can draw from: {error}") from None
     try:
         place = resolve_device(device)
     except ConfigError as error:
-        raise _stop(error) from None
+        raise stop(error) from None
     with Progress() as progress:
         task = progress.add_task("drawing", total=count)
         images = draw_images(
@@ -261,4 +255,8 @@ def show(
         else:
             show_run(run_dir)
     except ConfigError as error:
-        raise _stop(error) from None
+        raise stop(error) from None
+
+
+app.command()(cli_audit.audit)
+app.command()(cli_audit.report)

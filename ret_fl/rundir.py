@@ -12,7 +12,7 @@ from ret_fl.files import write_atomically
 
 
 class RunDir:
-    """config.json, metrics.jsonl, ledger.npz, checkpoints/, final/, pictures, tb/, summary.md."""
+    """config.json, metrics.jsonl, ledger.npz, checkpoints/, final/, pictures, tb/, audit/, summary.md."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -23,6 +23,7 @@ class RunDir:
         self.final = self.path / "final"
         self.samples = self.path / "samples.npy"
         self.tensorboard = self.path / "tb"
+        self.audit = self.path / "audit"
         self.summary = self.path / "summary.md"
 
     @classmethod

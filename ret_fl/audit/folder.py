@@ -42,14 +42,20 @@ def load_audit(folder: Path) -> tuple[Audit, Pictures]:
         FileNotFoundError: no audit there.
         ValueError: audit.json is damaged or of another version.
     """
-    found = next((f for f in (folder, folder / "audit") if (f / NUMBERS).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds no audit ({NUMBERS}): make one with `ret-fl audit {folder}`")
+    found = find_audit(folder)
     try:
         audit = Audit.model_validate_json((found / NUMBERS).read_text(encoding="utf-8"))
     except ValidationError as error:
         raise ValueError(f"{found / NUMBERS} is damaged or of another version: {error.errors()[0]['msg']}") from None
     return audit, _load_pictures(found / PICTURES)
+
+
+def find_audit(folder: Path) -> Path:
+    """The folder that holds audit.json: this one, or audit/ in a run's. Raises `FileNotFoundError`."""
+    found = next((f for f in (folder, folder / "audit") if (f / NUMBERS).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no audit ({NUMBERS}): make one with `ret-fl audit {folder}`")
+    return found
 
 
 def _save_pictures(path: Path, pictures: Pictures) -> None:

@@ -1,0 +1,206 @@
+"""`ret-fl audit` and `ret-fl report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ret_fl.cli_options import DeviceOption, ThreadsOption, stop
+
+if TYPE_CHECKING:
+    from ret_fl.auditing import Drawn, Stage
+
+
+class Colours(StrEnum):
+    auto = "auto"
+    grey = "grey"
+    rgb = "rgb"
+
+
+def audit(
+    models: Annotated[
+        list[Path],
+        typer.Argument(help="A run's folder, a diffusers pipeline folder, a folder of images, or a .npy of images."),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Training images: a run's folder, a folder of images, a .npy, parquet files or a dataset's name, or "
+            "digits, mnist, glyphs, patches, faces. [default: those of the first MODEL that is a run]",
+            show_default=False,
+        ),
+    ] = "",
+    reference: Annotated[
+        str, typer.Option(help="Real images never trained on, as many as --data: without them no copy rate.")
+    ] = "",
+    held_out: Annotated[str, typer.Option(help="Further real images never trained on, for floors and quality.")] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Images to draw from a model.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For text-to-image: one prompt a line, used in turn.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0, help="For text-to-image: scale of the guidance.")] = 7.5,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Image model for similarity and quality: a transformers folder (CLIP, DINOv2), a TorchScript file "
+            "(SSCD), or 'inception'. Repeatable.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="Which of the MODELs the others are compared with.")
+    ] = None,
+    early_stop: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Audit every checkpoint of this run too: the curve of merely training less."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, help="Calibrated distance ratio below which a sample is a copy.")
+    ] = 0.3,
+    image_size: Annotated[int, typer.Option(min=0, help="Side that images in files are brought to; 0 keeps.")] = 0,
+    channels: Annotated[Colours, typer.Option(help="Colour that images in files are brought to.")] = Colours.auto,
+    members: Annotated[int, typer.Option(min=10, help="Images of each side in membership inference, at most.")] = 2000,
+    leakage: Annotated[bool, typer.Option(help="Attack the model by its losses, where it has any.")] = True,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the audit. [default: audit/ in a run, else audits/]", show_default=False),
+    ] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    memory_mb: Annotated[int, typer.Option(min=1, help="Memory for distances beyond the images themselves.")] = 512,
+) -> None:
+    """Does a model copy its training images? Copies, quality and leakage, into audit.json and report.html.
+
+    Interrupted, it goes on with the images drawn so far. Several MODELs are compared on the same data.
+
+    Examples:
+
+        ret-fl audit runs/mine
+
+        ret-fl audit runs/mine runs/central --baseline runs/central
+
+        ret-fl audit someones-pipeline --data photos --reference other-photos --image-size 64
+    """
+    from ret_fl.audit.report import comparison_table, verdict
+    from ret_fl.audit.run import Options
+    from ret_fl.auditing import Drawing, audit_folder, audit_model, checkpoint_models, compare, is_run, open_data
+    from ret_fl.devices import limit_threads, resolve_device
+    from ret_fl.rundir import RunDir
+
+    if baseline is not None and baseline not in models:
+        raise stop(f"--baseline {baseline} is not among the models: name it as one of them, too")
+    limit_threads(threads)
+    source = data or next((str(m) for m in models if is_run(m)), "")
+    try:
+        if not source:
+            raise ValueError(
+                "--data is missing: name the training images (no MODEL is a run of ret-fl, which knows them)"
+            )
+        drawing = Drawing(samples, seed, steps, _prompts(prompts), guidance, image_size, channels.value)
+        options = Options(
+            threshold=threshold, members=members, seed=seed, device=resolve_device(device), memory_mb=memory_mb
+        )
+        with _progress() as (on_stage, on_drawn):
+            if len(models) == 1 and not early_stop:
+                folder = audit_folder(models[0], out)
+                audits = [
+                    audit_model(
+                        models[0], source, reference=reference or None, held_out=held_out or None,
+                        features=features or (), out=out, drawing=drawing, options=options, leakage=leakage,
+                        on_stage=on_stage, on_drawn=on_drawn,
+                    )
+                ]  # fmt: skip
+                base = None
+            else:
+                folder = out or Path("audits")
+                curve = [
+                    model
+                    for run in early_stop or ()
+                    for model in checkpoint_models(RunDir.existing(run), folder / "checkpoints")
+                ]
+                real = open_data(source, reference or None, held_out or None, drawing)
+                audits, base = compare(
+                    models, real, folder, baseline=baseline, early_stop=curve, features=features or (),
+                    drawing=drawing, options=options, leakage=leakage, on_stage=on_stage, on_drawn=on_drawn,
+                )  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise stop(error) from None
+    from rich.console import Console
+
+    if len(audits) > 1:
+        Console().print(comparison_table(audits, base))
+    for found in audits:
+        typer.secho(verdict(found, base if found is not base else None), bold=True)
+    typer.secho(f"\nResults: {folder}", fg=typer.colors.GREEN, bold=True)
+    for path in sorted([*folder.glob("*.html"), *folder.glob("*/report.html"), *folder.glob("*.png")]):
+        typer.echo(f"  {path.relative_to(folder)}")
+
+
+def report(
+    audits: Annotated[list[Path], typer.Argument(help="Folders of audits, or of runs that have one.")],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Which of them the others are compared with.")
+    ] = None,
+    early_stop: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Audits of one training at growing lengths, in order.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="[default: report.html in the first]", show_default=False)
+    ] = None,
+) -> None:
+    """Write report.html again from audits made before, of one or of several side by side. Nothing is measured."""
+    from rich.console import Console
+
+    from ret_fl.audit.folder import PAGE, find_audit, load_audit
+    from ret_fl.audit.report import comparison_table, verdict, write_report
+
+    if baseline is not None and baseline not in audits:
+        raise stop(f"--baseline {baseline} is not among the audits: name it as one of them, too")
+    try:
+        found = [load_audit(folder) for folder in audits]
+        curve = [load_audit(folder)[0] for folder in early_stop or ()]
+        page = out or find_audit(audits[0]) / PAGE
+    except (ValueError, OSError) as error:
+        raise stop(error) from None
+    numbers = [audit for audit, _ in found]
+    base = numbers[audits.index(baseline)] if baseline is not None else None
+    main, pictures = next(((a, p) for a, p in found if a is not base), found[0])
+    others = [a for a in numbers if a is not main]
+    write_report(page, main, pictures, baseline=base if base is not main else None, others=others, early_stop=curve)
+    if len(numbers) > 1:
+        Console().print(comparison_table(numbers, base))
+    typer.secho(verdict(main, base if base is not main else None), bold=True)
+    typer.echo(f"report: {page}")
+
+
+def _prompts(path: Path | None) -> tuple[str, ...]:
+    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip()) if path else ()
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Stage, Drawn]]:
+    """A bar while images are drawn, a spinner while something is measured."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("opening", total=None)
+
+        def on_stage(stage: str) -> None:
+            progress.update(task, description=stage, total=None)
+            if not progress.console.is_terminal:
+                typer.echo(stage)
+
+        def on_drawn(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield on_stage, on_drawn
