@@ -281,11 +281,14 @@ def _skips_by_timestep(config: RunConfig, rows: Sequence[dict[str, list[int]]]) 
     return timesteps[draws > 0], (skips / np.maximum(draws, 1))[draws > 0]
 
 
-def checkpoint_models(run: RunDir, folder: Path) -> list[Path]:
-    """A diffusers pipeline in `folder` of every checkpoint that `run` kept, oldest first.
+def checkpoint_models(model: Path, folder: Path) -> list[Path]:
+    """A diffusers pipeline in `folder` of every checkpoint that a run kept, oldest first; another model is its own.
 
-    Raises `ValueError` if it kept none but the first: `keep-checkpoints` says how many stay.
+    Raises `ConfigError` if the run kept none but the first: `keep-checkpoints` says how many stay.
     """
+    if not is_run(model):
+        return [model]
+    run = RunDir.existing(model)
     config = run.read_config()
     data = load_splits(config.data).train
     models = []

@@ -60,7 +60,9 @@ def audit(
     early_stop: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="RUN_DIR", help="Audit every checkpoint of this run too: the curve of merely training less."
+            metavar="MODEL",
+            help="For the curve of merely training less: a run whose every checkpoint is audited too, or a model of "
+            "less training. Repeatable, in order.",
         ),
     ] = None,
     threshold: Annotated[
@@ -94,7 +96,6 @@ def audit(
     from ret_fl.audit.run import Options
     from ret_fl.auditing import Drawing, audit_folder, audit_model, checkpoint_models, compare, is_run, open_data
     from ret_fl.devices import limit_threads, resolve_device
-    from ret_fl.rundir import RunDir
 
     if baseline is not None and baseline not in models:
         raise stop(f"--baseline {baseline} is not among the models: name it as one of them, too")
@@ -124,8 +125,8 @@ def audit(
                 folder = out or Path("audits")
                 curve = [
                     model
-                    for run in early_stop or ()
-                    for model in checkpoint_models(RunDir.existing(run), folder / "checkpoints")
+                    for shorter in early_stop or ()
+                    for model in checkpoint_models(shorter, folder / "checkpoints")
                 ]
                 real = open_data(source, reference or None, held_out or None, drawing)
                 audits, base = compare(

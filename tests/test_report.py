@@ -102,7 +102,7 @@ def make_audit(name: str = "central", rate: Interval = COPIES, *, samples: int =
                 Membership(attack="loss", members=245, non_members=254, auc=auc, tpr_at_1_percent=caught,
                            tpr_at_01_percent=caught)
             ],
-            exposure=Exposure(exposures=[4.2, 8.0], mean=6.1, most=8.0),
+            exposure=Exposure(exposures=[4.2, 8.0], mean=6.1, most=10.2),
             duplicates=Duplicates(
                 suspects=[SuspectedDuplicate(train=3, log_ratio=-1.21, z=-4.2, copies=9)], precision=1.0, recall=0.5
             ),

@@ -19,6 +19,8 @@ MEMORY_MB = 512
 # Rows that one thread gathers for direct distances should stay in its cache: five times faster than streaming them.
 CACHE_ELEMENTS = 2**18
 MAX_TILE = (2048, 8192)
+# BLAS writes a result whose rows start at 64-byte boundaries up to 1.5 times as fast as any other.
+ALIGNED_FLOATS = 16
 # Relative rounding of each factor of a float32 product, by torch.set_float32_matmul_precision (float32, TF32, bf16).
 FACTOR_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-9}
 
@@ -120,8 +122,8 @@ def nearest(
         points: [N, ...], as in `image_rows` (or made by it), with the same number of pixels.
         k: neighbours per query, 1 <= k <= N.
         device: where to compute; by default where `queries` are. The images are moved there whole, as they are.
-        memory_mb: bound on the tensors held beyond inputs and outputs (not on the BLAS library's own buffers), as
-            long as 30 images fit in it.
+        memory_mb: bound on the tensors held beyond inputs and outputs, as long as 30 images fit in it. BLAS buffers
+            and freed memory that the C library keeps come on top: some 100 MB, whatever the sizes.
 
     Returns:
         Squared distances float64 [G, k], ascending, and indices int64 [G, k] into `points`, both on the CPU.
@@ -179,7 +181,9 @@ def _points_tile(p: ImageRows, elements: int) -> int:
 def _candidates(q: Tensor, p: ImageRows, centre: Tensor, width: int, elements: int) -> tuple[Tensor, Tensor]:
     """int64 [G, width]: the points with the smallest |x|^2 - 2gx; float64 [G]: a lower bound on D to all others."""
     dim, tile_p = p.dim, _points_tile(p, elements)
-    tile_q = min(len(q), MAX_TILE[0], max(1, elements // (4 * max(dim, tile_p))))
+    stride = -(-tile_p // ALIGNED_FLOATS) * ALIGNED_FLOATS
+    tile_q = min(len(q), MAX_TILE[0], max(1, elements // (4 * max(dim, stride))))
+    product = q.new_empty(tile_q, stride, dtype=torch.float32)
     centre = centre.to(torch.promote_types(q.dtype, p.dtype))
     best = q.new_full((len(q), width), math.inf, dtype=torch.float32)
     index = torch.zeros(len(q), width, dtype=torch.int64, device=q.device)
@@ -194,7 +198,8 @@ def _candidates(q: Tensor, p: ImageRows, centre: Tensor, width: int, elements: i
             rows = slice(row, row + tile_q)
             g = (q[rows] - centre).float()
             q_norm[rows] = g.square().sum(1).double().sqrt()
-            near = torch.addmm(xx, g, x.T, alpha=-2).topk(min(width, len(x)), largest=False, sorted=False)
+            scores = torch.addmm(xx, g, x.T, alpha=-2, out=product[: len(g), : len(x)])
+            near = scores.topk(min(width, len(x)), largest=False, sorted=False)
             values, seen = torch.cat([best[rows], near.values], 1), torch.cat([index[rows], near.indices + start], 1)
             best[rows], kept = values.topk(width, largest=False, sorted=False)
             index[rows] = seen.gather(1, kept)

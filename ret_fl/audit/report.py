@@ -365,8 +365,8 @@ def _leakage_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
         rows += [
             Row("Leakage", "Exposure of canaries, mean", bits(exposure.mean), "about 1.44 bits",
                 _show(twin, lambda other: bits(other.mean))),
-            Row("Leakage", "Exposure of the most exposed canary", bits(exposure.most), NONE,
-                _show(twin, lambda other: bits(other.most))),
+            Row("Leakage", "Exposure of the most exposed canary", bits(max(exposure.exposures)), NONE,
+                _show(twin, lambda other: bits(max(other.exposures)))),
         ]  # fmt: skip
     return rows
 
@@ -740,7 +740,7 @@ def _suspects(audit: Audit, images: Tensor | None) -> list[Suspect]:
     for i, suspect in enumerate(duplicates.suspects[:SHOWN_SUSPECTS] if duplicates else []):
         known = images is not None and i < len(images)
         image = _tile(images[i], f"Training image {suspect.train}") if known and images is not None else None
-        copies = "1 exact copy" if suspect.copies == 1 else f"{suspect.copies:,} exact copies"
+        copies = "in the data once" if suspect.copies == 1 else f"in the data {suspect.copies:,} times"
         shown.append(
             Suspect(
                 image, [f"image {suspect.train}", f"log-ratio {suspect.log_ratio:+.2f}, z {suspect.z:+.1f}", copies]

@@ -252,7 +252,7 @@ def _leakage(
     def grid(store: SampleStore, ids: Tensor) -> Tensor:
         return loss_grid(unet, objective, store, ids, timesteps=GRID, seed=options.seed)
 
-    canary_rows = data.canaries[:, 0] if len(data.canaries) else np.empty(0, np.int64)
+    canary_rows = np.ascontiguousarray(data.canaries[:, 0]) if len(data.canaries) else np.empty(0, np.int64)
     distinct = torch.from_numpy(_distinct(data.train))
     chosen = distinct[_spread(len(distinct), options.members)]
     measured = torch.unique(torch.cat([chosen, torch.from_numpy(canary_rows)]))

@@ -155,7 +155,7 @@ class Membership(Part):
 
 
 class Exposure(Part):
-    """log2(n) - log2(rank) of each canary's loss among n images never seen: log2(n) at most."""
+    """log2(n) - log2(rank) of each canary's loss among n images never seen; `most` is log2(n), the highest possible."""
 
     exposures: list[float]
     mean: float

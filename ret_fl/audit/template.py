@@ -439,7 +439,8 @@ on; below {{ "%g" | format(threshold) }} the sample counts as a copy.{% endif %}
 {% if leak.exposure %}
 <h3>Canaries</h3>
 <p>{{ leak.exposure.exposures | length }} canaries have a mean exposure of {{ leak.exposure.mean | number }} bits; the
-most exposed has {{ leak.exposure.most | number }}. Without memorization about 1.44 are expected.</p>
+most exposed has {{ leak.exposure.exposures | max | number }}, of {{ leak.exposure.most | number }} at most. Without
+memorization about 1.44 are expected.</p>
 {% endif %}
 {% if leak.duplicates %}
 <h3>Suspected duplicates</h3>
@@ -447,10 +448,10 @@ most exposed has {{ leak.exposure.most | number }}. Without memorization about 1
 <p>{{ leak.duplicates.suspects | length }} training images have a loss far below the others', as images do that are in
 the data more than once.
 {%- if leak.duplicates.precision is not none %}
- {{ leak.duplicates.precision | percent }} of them do have exact copies.
+ {{ leak.duplicates.precision | percent }} of them are in it more than once.
 {%- endif %}
 {%- if leak.duplicates.recall is not none %}
- They are {{ leak.duplicates.recall | percent }} of all images that have.
+ Of all images that are, {{ leak.duplicates.recall | percent }} are among them.
 {%- endif %}
 {%- if leak.duplicates.suspects | length > suspects | length %} The first {{ suspects | length }}:{% endif %}</p>
 <div class="tiles small">
