@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
     "a model that is not there": (lambda run, tmp: [tmp / "nowhere", "--data", run], ["nowhere"]),
     "no training images": (lambda run, tmp: [run / "final"], ["--data"]),
     "a baseline that is none of the models": (lambda run, tmp: [run, "--baseline", tmp], ["--baseline"]),
-    "images of another size": (lambda run, tmp: [run / "final", "--data", "mnist"], ["8x8", "28x28", "--image-size"]),
+    "images of another size": (lambda run, tmp: [run / "final", "--data", "mnist"], ["8x8", "16x16", "--image-size"]),
     "an empty folder": (lambda run, tmp: [run / "final", "--data", tmp], ["no PNG"]),
     "a reference that was trained on": (
         lambda run, tmp: [run, "--reference", tmp / "train.npy", "--samples", 4, "--steps", 1],
@@ -255,5 +255,5 @@ def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
 
 def test_a_store_of_one_size_only(digits: AuditData) -> None:
     grey = SampleStore(torch.zeros(5, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="16x16.*--image-size"):
+    with pytest.raises(ValueError, match=r"16x16.*--image-size"):
         run_audit(Path("x"), ready(digits.train.unit(np.arange(5))), AuditData("grey", grey))
