@@ -352,9 +352,12 @@ def compare(
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parts before it as tell them apart."""
+    """The last part of each path, with as many parts before it as tell it from the others."""
     parts = [path.resolve().parts for path in paths]
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len(set(parts)):
-        depth += 1
-    return ["/".join(p[-depth:]) for p in parts]
+
+    def name(own: tuple[str, ...]) -> str:
+        others = [p for p in parts if p != own]
+        depth = next((d for d in range(1, len(own)) if all(p[-d:] != own[-d:] for p in others)), len(own))
+        return "/".join(own[-depth:])
+
+    return [name(own) for own in parts]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ret_fl import cli_audit
-from ret_fl.cli_options import DeviceOption, ThreadsOption, stop
+from ret_fl.cli_options import DeviceOption, ThreadsOption, stop, wide_console
 
 if TYPE_CHECKING:
     from ret_fl.config import RunConfig, Scalar
@@ -175,7 +173,6 @@ def config(
     settings = [s for s in describe(chosen) if s.key.startswith(section)]
     if not settings:
         raise stop(f"no setting begins with {section!r}")
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -190,8 +187,7 @@ def config(
             table.add_row(f"[bold]{prefix}", "", "", "")
         value = f'"{s.value}"' if isinstance(s.value, str) else str(s.value).lower()
         table.add_row(s.key, value, s.allowed.replace("[", "\\["), s.meaning.replace("[", "\\["))
-    # written to a file or a pipe there is no width to fit, unless COLUMNS names one
-    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160).print(table)
+    wide_console().print(table)
 
 
 @app.command()

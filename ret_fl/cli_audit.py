@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl.cli_options import DeviceOption, ThreadsOption, stop
+from ret_fl.cli_options import DeviceOption, ThreadsOption, stop, wide_console
 
 if TYPE_CHECKING:
     from ret_fl.auditing import Drawn, Stage
@@ -135,10 +135,8 @@ def audit(
                 )  # fmt: skip
     except (ValueError, OSError) as error:
         raise stop(error) from None
-    from rich.console import Console
-
     if len(audits) > 1:
-        Console().print(comparison_table(audits, base))
+        wide_console().print(comparison_table(audits, base))
     for found in audits:
         typer.secho(verdict(found, base if found is not base else None), bold=True)
     typer.secho(f"\nResults: {folder}", fg=typer.colors.GREEN, bold=True)
@@ -159,8 +157,6 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html again from audits made before, of one or of several side by side. Nothing is measured."""
-    from rich.console import Console
-
     from ret_fl.audit.folder import PAGE, find_audit, load_audit
     from ret_fl.audit.report import comparison_table, verdict, write_report
 
@@ -178,7 +174,7 @@ def report(
     others = [a for a in numbers if a is not main]
     write_report(page, main, pictures, baseline=base if base is not main else None, others=others, early_stop=curve)
     if len(numbers) > 1:
-        Console().print(comparison_table(numbers, base))
+        wide_console().print(comparison_table(numbers, base))
     typer.secho(verdict(main, base if base is not main else None), bold=True)
     typer.echo(f"report: {page}")
 

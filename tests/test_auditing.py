@@ -250,7 +250,7 @@ def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
 
 def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
     assert unique_names([Path("/a/b/final"), Path("/a/c/final")]) == ["b/final", "c/final"]
-    assert unique_names([Path("/a/b"), Path("/a/c")]) == ["b", "c"]
+    assert unique_names([Path("/a/b"), Path("/a/c/final"), Path("/a/d/final")]) == ["b", "c/final", "d/final"]
 
 
 def test_a_store_of_one_size_only(digits: AuditData) -> None:
