@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from logging import INFO
+from logging import ERROR, INFO
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from flwr.common.logger import log
 
 from ret_fl import pictures
-from ret_fl.audit.folder import save_audit
+from ret_fl.audit.folder import NUMBERS, PAGE, save_audit
 from ret_fl.audit.report import percent, verdict, with_interval
 from ret_fl.audit.run import Options
 from ret_fl.audit.schema import Audit
@@ -35,7 +35,15 @@ def finish(run: RunDir, config: RunConfig, data: DataSplits, weights: State, led
     save_pipeline(run.final, unet, make_scheduler(config.diffusion), fold_factor(config.model, store.image_shape))
     rows = run.rows()
     pictures.save_curves(rows, run.path / "curves.png")
-    audit = _audited(run, config) if config.samples else None
+    for old in (run.samples, run.path / "samples.png", run.path / "copies.png", run.audit / NUMBERS, run.audit / PAGE):
+        old.unlink(missing_ok=True)  # of an earlier end of this run
+    audit: Audit | str = "No audit: `samples = 0`."
+    if config.samples:
+        try:
+            audit = _audited(run, config)
+        except (ValueError, OSError, RuntimeError) as error:  # the model is trained and saved: that is not lost
+            log(ERROR, "the audit failed", exc_info=error)
+            audit = f"**The audit failed: {error}** Again, from this folder: `ret-fl audit .`"
     run.summary.write_text(_summary(run, config, data, ledger, rows, audit))
 
 
@@ -62,7 +70,7 @@ def _summary(
     data: DataSplits,
     ledger: ShardLedger,
     rows: list[dict[str, Any]],
-    audit: Audit | None,
+    audit: Audit | str,
 ) -> str:
     last = rows[-1] if rows else {}
     measured = [row for row in rows if "train_loss" in row]
@@ -85,9 +93,9 @@ def _summary(
         facts.append(("unreadable images skipped", f"{len(data.unreadable)}: {', '.join(data.unreadable[:5])}"))
     lines += [f"| {name} | {value} |" for name, value in facts]
     lines += ["", "![Training](curves.png)", ""]
-    if config.samples:
+    if run.samples.is_file():
         lines += ["Samples of the final model:", "", "![Samples](samples.png)", ""]
-    if audit is not None:
+    if isinstance(audit, Audit):
         lines += [
             _what_is_closest(audit),
             "",
@@ -101,9 +109,9 @@ def _summary(
     return "\n".join(lines) + "\n"
 
 
-def _copy_lines(audit: Audit | None) -> list[str]:
-    if audit is None:
-        return ["No audit: `samples = 0`."]
+def _copy_lines(audit: Audit | str) -> list[str]:
+    if isinstance(audit, str):
+        return [audit]
     lines = [f"**{verdict(audit)}**"]
     if audit.replication.copy_rates:
         copies = audit.replication.copy_rates[0]
@@ -118,7 +126,7 @@ def _copy_lines(audit: Audit | None) -> list[str]:
 def _what_is_closest(audit: Audit) -> str:
     text = "The samples closest to a training image with that image below, one for each training image."
     if not audit.replication.copy_rates:
-        return f"{text} r is the squared distance; without reference images no copy rate can be told:"
+        return f"{text} Without reference images none of them can be called a copy:"
     threshold = audit.replication.copy_rates[0].threshold
     return (
         f"{text} r is the squared distance to it over that to the nearest reference image; below {threshold:g} it "

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,8 @@ def audit_model(
         ValueError, FileNotFoundError: the model or the data cannot be used; the message says what to change.
     """
     path, folder, options = Path(model), audit_folder(Path(model), out), options or Options()
+    if data is None and not is_run(path):
+        raise ConfigError(f"{path} is no run of ret-fl, which would know its training images: name them as data")
     real = open_data(data if data is not None else model, reference, held_out, drawing)
     on_stage(f"images of {model}")
     generated = draw(path, folder, drawing, options, on_drawn)
@@ -146,7 +149,7 @@ def measure(
         data,
         denoiser=load_denoiser(model, options.device) if leakage else None,
         feature_models=loaded,
-        background=background_of(run) if run else None,
+        background=(lambda: background_of(run, data)) if run else Background,
         options=options,
         on_stage=on_stage,
     )
@@ -185,7 +188,7 @@ def open_data(
     else:
         opened = AuditData(str(data), _store(data, drawing))
     if held_out is not None:
-        opened = replace(opened, held_out=_store(held_out, drawing))
+        opened = replace(opened, held_out=_store(held_out, drawing), one_split=False)
     if reference is not None:
         opened = _with_reference(opened, _store(reference, drawing), keep_rest=held_out is None)
     return opened
@@ -198,7 +201,7 @@ def data_of(config: RunConfig) -> AuditData:
 
 def _from_splits(source: str, splits: DataSplits) -> AuditData:
     held_out = splits.held_out if len(splits.held_out) else None
-    return AuditData(source, splits.train, splits.reference, held_out, splits.canaries)
+    return AuditData(source, splits.train, splits.reference, held_out, splits.canaries, one_split=True)
 
 
 def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
@@ -232,14 +235,14 @@ def _with_reference(data: AuditData, reference: SampleStore, *, keep_rest: bool)
     order = np.random.default_rng(0).permutation(distinct)
     rest = reference.subset(np.sort(order[needed:]))
     held_out = rest if keep_rest and data.held_out is None and len(rest) else data.held_out
-    return replace(data, reference=reference.subset(np.sort(order[:needed])), held_out=held_out)
+    return replace(data, reference=reference.subset(np.sort(order[:needed])), held_out=held_out, one_split=False)
 
 
 # Runs
 
 
-def background_of(run: RunDir) -> Background:
-    """What a run's folder tells beside the model."""
+def background_of(run: RunDir, data: AuditData) -> Background:
+    """What a run's folder tells beside the model. Its sample IDs count only where `data` is what it was trained on."""
     config, rows = run.read_config(), run.rows()
     changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
     images = sum(row["images"] for row in rows)
@@ -255,7 +258,11 @@ def background_of(run: RunDir) -> Background:
         final_train_loss=last.get("train_loss"),
         final_held_out_loss=last.get("held_out_loss"),
     )
-    groups = _tails(ShardLedger.load(run.ledger), config.report_tail) if run.ledger.is_file() else {}
+    groups = {}
+    if data_of(config).train.fingerprint != data.train.fingerprint:
+        warnings.warn(f"{run.path.name} was trained on other images than those it is audited against", stacklevel=2)
+    elif run.ledger.is_file():
+        groups = _tails(ShardLedger.load(run.ledger), config.report_tail)
     return Background(training, groups, rows, _skips_by_timestep(config, rows))
 
 
@@ -296,7 +303,7 @@ def checkpoint_models(model: Path, folder: Path) -> list[Path]:
         if number:
             unet = build_unet(config.model, data.image_shape, data.num_classes, config.seed)
             unet.load_state_dict(ema_state(weights))
-            path = folder / f"{config.name}, round {number}"
+            path = folder / f"{run.path.name}, round {number}"
             save_pipeline(path, unet, make_scheduler(config.diffusion), fold_factor(config.model, data.image_shape))
             models.append(path)
     if not models:

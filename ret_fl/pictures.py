@@ -74,7 +74,8 @@ def save_images(images: Tensor, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Generated images float [n, C, H, W] in [0, 1], the training image each is closest to, the ratio [n]."""
+    """Generated images float [n, C, H, W] in [0, 1], the training image each is closest to, the ratio [n]
+    (NaN where there is none)."""
 
     title: str
     generated: Tensor
@@ -117,7 +118,8 @@ def _draw_pairs(figure: SubFigure, panel: Pairs, blocks: int, columns: int) -> N
         line, column = 2 * (i // columns), i % columns
         grid[line][column].imshow(upper)
         grid[line + 1][column].imshow(lower)
-        grid[line][column].set_title(f"r = {float(panel.ratio[i]):.2f}", fontsize=8, pad=2)
+        if math.isfinite(ratio := float(panel.ratio[i])):
+            grid[line][column].set_title(f"r = {ratio:.2f}", fontsize=8, pad=2)
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:

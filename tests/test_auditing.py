@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ret_fl.audit.folder import load_audit
-from ret_fl.audit.generate import Generated
-from ret_fl.audit.run import AuditData, run_audit
+from ret_fl.audit.generate import Generated, load_denoiser
+from ret_fl.audit.run import AuditData, Options, run_audit
 from ret_fl.audit.schema import Audit
 from ret_fl.auditing import Drawing, audit_model, checkpoint_models, compare, open_data, unique_names
 from ret_fl.cli import app
@@ -160,10 +161,58 @@ def test_several_models_stand_side_by_side(run_dir: Path, tmp_path: Path) -> Non
 
 def test_every_checkpoint_is_a_model_of_less_training(run_dir: Path, tmp_path: Path) -> None:
     models = checkpoint_models(run_dir, tmp_path)
-    assert [m.name for m in models] == [f"audited, round {r}" for r in (1, 2, 3)]
+    assert [m.name for m in models] == [f"run, round {r}" for r in (1, 2, 3)]
     data = open_data(run_dir)
     audits, _ = compare(models[:1], data, tmp_path / "out", early_stop=models[1:], drawing=Drawing(12, steps=2))
-    assert [a.model.name for a in audits] == ["audited, round 1"]
+    assert [a.model.name for a in audits] == ["run, round 1"]
+
+
+def test_a_run_on_other_data_says_so_and_keeps_its_groups_to_itself(run_dir: Path, tmp_path: Path) -> None:
+    audit = audit_model(run_dir, "digits", out=tmp_path, drawing=Drawing(samples=8, steps=2))
+    assert any("trained on other images" in w for w in audit.warnings)
+    _, pictures = load_audit(tmp_path)
+    assert set(pictures.losses) == {"training", "never trained on"}
+
+
+def test_a_model_of_another_size_is_not_asked_for_losses(run_dir: Path, tmp_path: Path) -> None:
+    audit = audit_model(run_dir / "final", "glyphs", out=tmp_path, drawing=Drawing(samples=8, steps=2, image_size=16))
+    assert audit.leakage is None
+    assert any("leakage left out" in w for w in audit.warnings)
+
+
+def test_canaries_weigh_no_more_among_members_than_in_the_data(run_dir: Path) -> None:
+    data = open_data(run_dir)
+    denoiser = load_denoiser(run_dir, "cpu")
+    generated = ready(data.train.unit(np.arange(8)))
+    audit, _ = run_audit(run_dir, generated, data, denoiser=denoiser, options=Options(members=10))
+    assert audit.leakage is not None
+    assert [a.members for a in audit.leakage.membership] == [10, 10]
+    assert audit.leakage.exposure is not None
+    assert len(audit.leakage.exposure.exposures) == 2
+
+
+def test_a_run_resumed_without_samples_keeps_no_old_audit(run_dir: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run_dir, copied)
+    run_server(RunConfig.from_flat(json.loads((copied / "config.json").read_text())), copied, resume=True)
+    assert (copied / "audit" / "audit.json").is_file()
+    config = json.loads((copied / "config.json").read_text()) | {"samples": 0}
+    (copied / "config.json").write_text(json.dumps(config))
+    run_server(RunConfig.from_flat(config), copied, resume=True)
+    assert not (copied / "audit" / "audit.json").exists()
+    assert not (copied / "samples.npy").exists()
+    assert "No audit" in (copied / "summary.md").read_text()
+
+
+def test_an_audit_that_fails_loses_neither_model_nor_summary(tmp_path: Path) -> None:
+    """A cache that cannot be written stops the classifier, after all training is done."""
+    config = RunConfig.from_flat(TINY | {"samples": 8, "sample-steps": 2, "data.limit": 26})
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        run = run_server(config, tmp_path / "run")
+    assert "The audit failed" in run.summary.read_text()
+    assert (run.final / "unet").is_dir()
 
 
 REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
@@ -176,6 +225,11 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
         lambda run, tmp: [run, "--reference", tmp / "train.npy", "--samples", 4, "--steps", 1],
         ["reference shares 24 images with train"],
     ),
+    "held-out images that are the reference": (
+        lambda run, tmp: [run, "--reference", tmp / "new.npy", "--held-out", tmp / "new.npy", "--samples", 4],
+        ["held_out shares 24 images with reference"],
+    ),
+    "ready images without data": (lambda run, tmp: [tmp / "new.npy"], ["--data"]),
     "a device that is not there": (lambda run, tmp: [run, "--device", "cuda:99"], ["cuda:99"]),
 }
 
@@ -186,9 +240,12 @@ def test_an_audit_that_cannot_be_made_says_why(
 ) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
-    np.save(folder / "train.npy", open_data(run_dir).train.pixels().numpy())
+    real = open_data(run_dir)
+    np.save(folder / "train.npy", real.train.pixels().numpy())
+    np.save(folder / "new.npy", real.held_out.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
     if words == ["no PNG"]:
-        (folder / "train.npy").unlink()
+        for file in folder.iterdir():
+            file.unlink()
     result = ret_fl("audit", *arguments(run_dir, folder), "--out", tmp_path / "out")
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)

@@ -139,6 +139,8 @@ def nearest(
     if memory_mb < 1:
         raise ValueError(f"memory_mb must be >= 1, got {memory_mb}")
     place = torch.device(device) if device is not None else q.values.device
+    if place.type == "mps":  # has no float64
+        place = torch.device("cpu")
     q, p = q.to(place), p.to(place)
     elements = memory_mb * 2**20 // 8
     # Distances do not change, but smaller norms cancel less in float32.

@@ -342,6 +342,11 @@ def replication(
     if held_out is not None:
         held_out_queries = _queries(held_out, "held_out", device)
         require_same_size(held_out_queries, real.distinct, "held_out", "train")
+        if other is not None and (shared := other.keys & set(_content_keys(held_out_queries))):
+            raise ValueError(
+                f"held_out shares {len(shared)} images with reference: use other images, such an image never counts "
+                "as a copy, and the floor would be too low"
+            )
         floor = _scores(held_out_queries, real, other, k, threshold, None)
         if copies := int((floor.squared[:, 0] == 0).sum()):
             warnings.warn(

@@ -25,6 +25,7 @@ from ret_fl.audit.replication import replication
 from ret_fl.audit.report import Pictures
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
+from ret_fl.diffusion.sampling import noise_shape
 from ret_fl.evaluation import loss_grid, timestep_grid
 from ret_fl.files import user_cache
 from ret_fl.pictures import Pairs
@@ -45,7 +46,8 @@ class AuditData:
 
     source: what the report calls them. train: what the model was trained on, repeats included. reference: as many
     distinct real images never trained on, to calibrate the copy rate. held_out: further such images, for floors and
-    quality. canaries: int64 [n, repeats], the rows of `train` that hold each image repeated on purpose.
+    quality. canaries: int64 [n, repeats], the rows of `train` that hold each image repeated on purpose. one_split:
+    whether all sets come from one source, whose classes have the same numbers in each.
     """
 
     source: str
@@ -53,6 +55,7 @@ class AuditData:
     reference: SampleStore | None = None
     held_out: SampleStore | None = None
     canaries: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    one_split: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def run_audit(
     *,
     denoiser: Denoiser | None = None,
     feature_models: Sequence[FeatureModel] = (),
-    background: Background | None = None,
+    background: Callable[[], Background] = Background,
     options: Options | None = None,
     on_stage: Stage = lambda stage: None,
 ) -> tuple[schema.Audit, Pictures]:
@@ -103,7 +106,7 @@ def run_audit(
         data: what it was trained on, and real images it was not trained on.
         denoiser: the model itself, for attacks by its losses; None leaves leakage out.
         feature_models: for similarity and quality, beside the classifier of the data.
-        background: what a ret-fl run recorded.
+        background: gives what a ret-fl run recorded; its warnings join the audit's.
         options: how to measure.
         on_stage: told what is measured next.
 
@@ -114,10 +117,11 @@ def run_audit(
     Raises:
         ValueError: images of the sets differ in shape, or as in `replication`.
     """
-    background, options = background or Background(), options or Options()
+    options = options or Options()
     _require_same_shape(generated, data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        known = background()
         train, held_out = data.train.pixels(), _pixels(data.held_out)
         on_stage("copies")
         copies, _ = replication(
@@ -145,7 +149,10 @@ def run_audit(
             floor = None if held_out is None else model.features(held_out)
             own, trained = model.features(generated.images), model.features(train)
             similarities.append(similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb))
-        leakage, losses = _leakage(denoiser, data, background, options, on_stage) if denoiser else (None, {})
+        leakage: schema.Leakage | None = None
+        losses: dict[str, np.ndarray] = {}
+        if denoiser and _takes(denoiser, data):
+            leakage, losses = _leakage(denoiser, data, known, options, on_stage)
     audit = schema.Audit(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("ret-fl", "torch", "diffusers")}
@@ -164,7 +171,7 @@ def run_audit(
         similarity=similarities,
         fidelity=qualities,
         leakage=leakage,
-        training=background.training,
+        training=known.training,
         warnings=list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))),
     )
     suspects = leakage.duplicates.suspects if leakage and leakage.duplicates else []
@@ -172,15 +179,15 @@ def run_audit(
         samples=generated.images[:100],
         worst=_closest(generated, data, copies.worst),
         suspects=data.train.unit(np.array([s.train for s in suspects], np.int64)),
-        rows=background.rows,
+        rows=known.rows,
         losses=losses,
-        skip_by_timestep=background.skip_by_timestep,
+        skip_by_timestep=known.skip_by_timestep,
     )
     return audit, pictures
 
 
 def _closest(generated: Generated, data: AuditData, worst: Sequence[schema.WorstCopy]) -> Pairs:
-    ratio = torch.tensor([w.distance if w.ratio is None else w.ratio for w in worst])
+    ratio = torch.tensor([torch.nan if w.ratio is None else w.ratio for w in worst])
     originals = data.train.unit(np.array([w.train for w in worst], np.int64))
     return Pairs("", generated.images[[w.sample for w in worst]], originals, ratio)
 
@@ -224,7 +231,9 @@ def _classifier(data: AuditData, on_stage: Stage) -> FeatureClassifier | None:
     """A classifier of all real images, each once: it favours neither those trained on nor those held out."""
     if data.train.num_classes < 2 or min(data.train.image_shape[1:]) < MIN_SIDE:
         return None
-    stores = [s for s in (data.train, data.reference, data.held_out) if s is not None and s.labels is not None]
+    # images of another origin number their classes in their own way
+    every_set = (data.train, data.reference, data.held_out) if data.one_split else (data.train,)
+    stores = [s for s in every_set if s is not None and s.labels is not None]
     images = torch.cat([s.pixels(_distinct(s)) for s in stores])
     labels = torch.cat([s.labels[torch.from_numpy(_distinct(s))] for s in stores if s.labels is not None])
     if len(labels.unique()) < 2:
@@ -238,6 +247,23 @@ def _classifier(data: AuditData, on_stage: Stage) -> FeatureClassifier | None:
 def _spread(count: int, most: int) -> Tensor:
     """int64: at most `most` of 0..count-1, evenly spread."""
     return torch.from_numpy(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def _takes(denoiser: Denoiser, data: AuditData) -> bool:
+    """Whether a model's losses can be asked for on these images; a warning says why not."""
+    unet, _, fold = denoiser
+    channels, height, width = noise_shape(unet)
+    shape = (channels // fold**2, height * fold, width * fold)
+    if shape != data.train.image_shape:
+        own, given = ("x".join(map(str, s)) for s in (shape, data.train.image_shape))
+        warnings.warn(f"leakage left out: the model works on {own}, the images are {given}", stacklevel=2)
+        return False
+    classes = unet.config.num_class_embeds
+    unlabelled = any(s is not None and s.labels is None for s in (data.train, data.reference, data.held_out))
+    if classes and (unlabelled or data.train.num_classes > classes):
+        warnings.warn(f"leakage left out: the model wants the labels of its {classes} classes", stacklevel=2)
+        return False
+    return True
 
 
 def _leakage(
@@ -258,6 +284,8 @@ def _leakage(
     measured = torch.unique(torch.cat([chosen, torch.from_numpy(canary_rows)]))
     losses = grid(data.train, measured)
     scores = losses.mean(1)
+    # canaries beyond the chosen few would weigh more among them than in the data
+    fair = torch.isin(measured, chosen)
     unseen = [s for s in (data.held_out, data.reference) if s is not None and len(s)]
     attacks, exposed = [], None
     if unseen:
@@ -266,10 +294,10 @@ def _leakage(
         each = options.members // len(unseen)
         picked = [(s, ids[_spread(len(ids), each)]) for s, ids in everything]
         unseen_scores = torch.cat([grid(s, ids).mean(1) for s, ids in picked])
-        attacks.append(membership(scores, unseen_scores, "loss", seed=options.seed))
+        attacks.append(membership(scores[fair], unseen_scores, "loss", seed=options.seed))
         on_stage("leakage: membership by PIA")
         step = scheduler.config.num_train_timesteps // 5
-        members = pia_scores(unet, objective, data.train, measured, t=step)
+        members = pia_scores(unet, objective, data.train, measured[fair], t=step)
         non_members = torch.cat([pia_scores(unet, objective, s, ids, t=step) for s, ids in picked])
         attacks.append(membership(members, non_members, "pia", seed=options.seed))
         if len(canary_rows):
@@ -288,8 +316,8 @@ def _duplicates(
 ) -> schema.Duplicates:
     """`suspected_duplicates` among the images of the `measured` rows, every copy of them counted."""
     hashes = train.content_hashes
-    by_content = np.argsort(hashes[measured])
-    sorted_hashes = hashes[measured][by_content]
+    by_content = np.argsort(hashes[measured.numpy()])
+    sorted_hashes = hashes[measured.numpy()][by_content]
     place = np.searchsorted(sorted_hashes, hashes).clip(max=len(measured) - 1)
     rows = np.flatnonzero(sorted_hashes[place] == hashes)
     found = suspected_duplicates(losses[by_content[place[rows]]], timesteps, hashes[rows], t_max=t_max)
