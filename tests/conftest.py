@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
+from sklearn.datasets import load_digits
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
@@ -50,6 +52,14 @@ Client = Callable[[Message, Context], Message]
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """scikit-learn's digits, shuffled: float32 [1797, 1, 8, 8] in [0, 1], and their classes."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    return torch.as_tensor(data.images[order], dtype=torch.float32)[:, None] / 16, torch.as_tensor(data.target[order])
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ret_fl.audit.features import FeatureModel, Preprocessing, fidelity, find_inception, load_features, similarity
@@ -508,13 +507,6 @@ def test_similarity_refuses_features_without_a_cosine() -> None:
 
 
 # Fidelity
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    return torch.as_tensor(data.images[order], dtype=torch.float32)[:, None] / 16, torch.as_tensor(data.target[order])
 
 
 @pytest.fixture(scope="module")

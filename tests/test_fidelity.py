@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ret_fl.audit.fidelity import (
@@ -21,13 +20,6 @@ from ret_fl.audit.fidelity import (
 
 def gauss(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    return torch.as_tensor(data.images[order], dtype=torch.float32)[:, None] / 16, torch.as_tensor(data.target[order])
 
 
 @pytest.fixture(scope="module")
