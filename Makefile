@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup run test test-slow bench clean
+.PHONY: help setup run test test-slow study-small study bench clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,13 @@ test: setup ## lint, types, tests
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/pytest -m slow
+
+study-small: setup ## the essential evidence on digits: central, IET, IET+AGC, the default; minutes
+	$(BIN)/python -m simulations.study simulations/studies/small.toml
+
+study: setup ## all studies of docs/results; hours, resumable, only what is missing
+	for study in main ablation redistribution quarantine; do \
+	  $(BIN)/python -m simulations.study simulations/studies/$$study.toml || exit 1; done
 
 bench: setup ## speed, as ratios measured in one run
 	$(BIN)/python -m benchmarks.step

@@ -254,5 +254,26 @@ def show(
         raise stop(error) from None
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    options_metavar="FILE.toml [OPTIONS]",
+)
+def study(context: typer.Context) -> None:
+    """Train and audit a grid of methods, datasets and seeds, and write pages of results; --help says how."""
+    import os
+    import subprocess
+    import sys
+
+    from ret_fl.config import ConfigError
+    from ret_fl.engines import app_environment, check_app
+
+    try:
+        folder = check_app(Path())
+    except ConfigError as error:
+        raise stop(error) from None
+    command = [sys.executable, "-P", "-m", "simulations.study", *context.args]
+    raise typer.Exit(subprocess.run(command, env=os.environ | app_environment(folder), check=False).returncode)
+
+
 app.command()(cli_audit.audit)
 app.command()(cli_audit.report)

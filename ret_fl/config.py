@@ -184,6 +184,11 @@ class RedistributionConfig(Section):
     topology: Literal["ring", "derangement"] = Field(
         "ring", description="memorized, high-loss, random: each shard gives to the next, or to a random other one."
     )
+    control: Literal["off", "samples", "all"] = Field(
+        "off",
+        description="For ablations, every policy by chance: 'samples' moves (or quarantines) as many samples as asked, "
+        "whichever they are; 'all' moves them from and to any shards, too.",
+    )
     gap: float = Field(
         0.1, ge=0, description="balance acts while the worst shard's mean log-loss exceeds the best's by more."
     )

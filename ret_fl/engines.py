@@ -61,12 +61,16 @@ def run_inline(app: Path, directory: RunDir, config: RunConfig, nodes: int, resu
         settings = Path(folder) / "run.toml"
         settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "simulations.inline", str(settings), str(nodes)]
-        places = [str(app), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+        environment = os.environ | app_environment(app)
         output = None if verbose else log
         code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
     if code:
         raise RunFailedError(f"{_last_error(log_file)}\nLog: {log_file}")
+
+
+def app_environment(app: Path) -> dict[str, str]:
+    """What makes Python find the app folder's own packages (server, clients, simulations, ret_fl) first."""
+    return {"PYTHONPATH": os.pathsep.join([str(app), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @contextmanager

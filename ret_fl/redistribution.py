@@ -178,12 +178,16 @@ def propose(
 ) -> Moves:
     """Moves of several policies in turn; a sample claimed by an earlier one stays claimed.
 
-    Together they could take the last sample of a small shard; such a shard then gives nothing.
+    Together they could take the last sample of a small shard; such a shard then gives nothing. Under
+    `redistribution.control` chance takes the place of the policies' choice.
     """
     parts: list[Moves] = []
     for policy in policies:
         taken = Moves.join(parts).ids
-        parts.append(policy(ledger, reports, rng, config).without(taken))
+        proposed = policy(ledger, reports, rng, config)
+        if config.control != "off":
+            proposed = _by_chance(proposed, ledger, rng, between_any=config.control == "all")
+        parts.append(proposed.without(taken))
     moves = Moves.join(parts)
     while True:
         after = ledger.shard.copy()
@@ -192,6 +196,27 @@ def propose(
         if not emptied.any():
             return moves
         moves = moves.without(moves.ids[emptied])
+
+
+def _by_chance(moves: Moves, ledger: ShardLedger, rng: np.random.Generator, *, between_any: bool) -> Moves:
+    """As many moves of random samples: along the proposed ways, or from anywhere to any other shard."""
+    if between_any and ledger.num_shards > 1:
+        ids = rng.choice(len(ledger), len(moves), replace=False).astype(np.int64)
+        source = ledger.shard[ids]
+        step = rng.integers(1, ledger.num_shards, len(ids))
+        return Moves(ids, source, ((source + step) % ledger.num_shards).astype(np.int32))
+    ids = np.empty(len(moves), np.int64)
+    for shard in np.unique(moves.source):
+        own = moves.source == shard
+        ids[own] = rng.choice(ledger.ids(int(shard)), int(own.sum()), replace=False)
+    return Moves(ids, moves.source, moves.target)
+
+
+def random_of_equal_number(inside: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """The control of quarantine: as many samples as `inside` has, the same ones every round as far as they go."""
+    chosen = np.zeros_like(inside)
+    chosen[np.random.default_rng(seed).permutation(len(inside))[: inside.sum()]] = True
+    return chosen
 
 
 def quarantined(ledger: ShardLedger, config: QuarantineConfig) -> NDArray[np.bool_]:

@@ -38,17 +38,18 @@ def read_preset(path: Path) -> dict[str, Scalar]:
     """Settings of a TOML file, dotted (`agc.mode = "off"`) or in sections (`[agc]`)."""
     try:
         with path.open("rb") as file:
-            return _flatten(tomllib.load(file), "")
+            return flatten(tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"--preset: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--preset {path}: {error}") from None
 
 
-def _flatten(table: Mapping[str, Any], prefix: str) -> dict[str, Scalar]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested tables as flat settings: {"agc": {"mode": "off"}} -> {"agc.mode": "off"}; dotted keys stay as they are."""
     flat: dict[str, Scalar] = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 

@@ -34,7 +34,14 @@ from ret_fl.protocol import (
     payload_bytes,
 )
 from ret_fl.proxy import round_seed
-from ret_fl.redistribution import is_due, parse_policy, propose, quarantined, shard_fits
+from ret_fl.redistribution import (
+    is_due,
+    parse_policy,
+    propose,
+    quarantined,
+    random_of_equal_number,
+    shard_fits,
+)
 from ret_fl.rounds import RoundSummary, ShardState, check_reply
 
 
@@ -354,6 +361,8 @@ class RedistributeEnsemble(Strategy):
             self.ledger.apply(moves)
         if self.quarantine and round % self.config.quarantine.every == 0:
             inside = quarantined(self.ledger, self.config.quarantine)
+            if self.config.redistribution.control != "off":
+                inside = random_of_equal_number(inside, self.config.seed)
             self.ledger.probability = np.where(inside, self.config.quarantine.probability, 1).astype(np.float32)
         self.ledger.check()
         return moves

@@ -24,6 +24,7 @@ from ret_fl.redistribution import (
     propose,
     quarantined,
     random,
+    random_of_equal_number,
     shard_fits,
 )
 
@@ -375,6 +376,40 @@ class TestParsePolicy:
 
     def test_the_default_is_a_policy(self) -> None:
         assert parse_policy(RunConfig().redistribution.policy) == ([balance], True)
+
+
+class TestControls:
+    """Chance in the place of a policy's choice, at equal numbers."""
+
+    @pytest.mark.parametrize("control", ["samples", "all"])
+    def test_as_many_samples_move_and_which_ones_is_chance(self, control: Any) -> None:
+        config = RedistributionConfig(fraction=0.1, control=control)
+        moved = np.zeros(90, int)
+        for seed in range(200):
+            ledger = with_ratios(ledger_of(50, 20, 20), np.arange(90.0))
+            moves = propose([balance], ledger, fits_of(ledger, 1.0, 0.0, -1.0), rng(seed), config)
+            ledger.apply(moves)
+            assert len(moves) == 5  # a tenth of the worst-fitted shard, as without the control
+            moved[moves.ids] += 1
+        inside = moved[:50]
+        assert inside.min() > 0 and np.corrcoef(inside, np.arange(50))[0, 1] < 0.4  # not the highest losses
+        assert (moved[50:].sum() > 0) == (control == "all")
+
+    def test_chosen_samples_keep_their_way_and_under_all_any_way_is_gone(self) -> None:
+        ledger = with_ratios(ledger_of(50, 20, 20), np.arange(90.0))
+        reports, settings_ = fits_of(ledger, 1.0, 0.0, -1.0), RedistributionConfig(fraction=0.2)
+        kept = propose([balance], ledger, reports, rng(), settings_.model_copy(update={"control": "samples"}))
+        assert set(kept.source) == {0} and set(kept.target) == {2}
+        free = propose([balance], ledger, reports, rng(), settings_.model_copy(update={"control": "all"}))
+        assert len(set(zip(free.source.tolist(), free.target.tolist(), strict=True))) > 2
+        assert (free.source == ledger.shard[free.ids]).all() and (free.source != free.target).all()
+
+    def test_the_control_of_quarantine_takes_as_many_and_the_same_ones_every_time(self) -> None:
+        inside = np.arange(100) < 20
+        chosen = random_of_equal_number(inside, 3)
+        assert chosen.sum() == 20 and not np.array_equal(chosen, inside)
+        more = random_of_equal_number(np.arange(100) < 30, 3)
+        assert (more | ~chosen).all() and more.sum() == 30
 
 
 class TestQuarantine:

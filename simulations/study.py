@@ -1,0 +1,347 @@
+"""Studies: a grid of methods, datasets and seeds, each trained by the real apps, audited, and set side by side.
+
+    python -m simulations.study simulations/studies/small.toml          # also: ret-fl study FILE.toml
+
+A study file names settings common to all runs, datasets, and methods as settings on top. Every cell (dataset, method,
+seed) trains on the inline engine in a process of its own with one thread; at each of the method's points, given as
+shares of the whole training, the model is audited with the sampling noise of its seed. Done cells are in the results
+file, and are not run again; a cell that was broken off goes on after its last round.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ret_fl.config import ConfigError, RunConfig, Scalar
+from ret_fl.files import write_atomically
+from ret_fl.rundir import RunDir
+from ret_fl.settings import flatten
+from simulations.results import ResultsFile, Row, measured
+
+POLL_SECONDS = 2.0
+ROW = "row.json"
+
+
+class Part(BaseModel):
+    """A table of a study file; keys are dashed, unknown ones refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+    )
+
+
+class Method(Part):
+    """label: its name in tables. set: settings on top of the study's and the dataset's. points: shares of the whole
+    training at which it is audited. datasets, seeds: fewer than the study's. skips_of: for agc.mode "random", the
+    method whose share of skipped draws is taken over."""
+
+    label: str
+    set: dict[str, Any] = {}
+    points: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    datasets: list[str] = []
+    seeds: list[int] = []
+    skips_of: str = ""
+
+
+class Study(Part):
+    """A study file. baseline: the method others are compared with. about: a paragraph for the page of results."""
+
+    title: str
+    about: str = ""
+    seeds: list[int] = Field([0], min_length=1)
+    baseline: str = "central"
+    summary: bool = False
+    settings: dict[str, Any] = {}
+    datasets: dict[str, dict[str, Any]] = Field(min_length=1)
+    methods: dict[str, Method] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Study:
+        """Raises `ConfigError` naming what is wrong in the file."""
+        try:
+            with path.open("rb") as file:
+                study = cls.model_validate(tomllib.load(file))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise ConfigError(f"{path}: " + "; ".join(problems)) from None
+        study._check(path)
+        return study
+
+    def _check(self, path: Path) -> None:
+        for name, method in self.methods.items():
+            for dataset in method.datasets:
+                if dataset not in self.datasets:
+                    raise ConfigError(f"{path}: methods.{name}.datasets: no dataset {dataset!r} in this study")
+            if method.skips_of and method.skips_of not in self.methods:
+                raise ConfigError(f"{path}: methods.{name}.skips-of: no method {method.skips_of!r} in this study")
+        for cell in self.cells():
+            try:
+                cell.config()
+            except ConfigError as error:
+                raise ConfigError(f"{path}: methods.{cell.method}, datasets.{cell.dataset}: {error}") from None
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell, the first seed of all methods first, so that a broken-off study has a whole table early."""
+        for seed in sorted({s for m in self.methods.values() for s in (m.seeds or self.seeds)}):
+            for dataset in self.datasets:
+                for name, method in self.methods.items():
+                    if seed in (method.seeds or self.seeds) and dataset in (method.datasets or self.datasets):
+                        yield Cell(self, dataset, name, seed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a method on a dataset with a seed."""
+
+    study: Study
+    dataset: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}-{self.method}-s{self.seed}"
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.dataset, self.method, self.seed
+
+    @property
+    def points(self) -> list[float]:
+        return sorted(self.study.methods[self.method].points)
+
+    def config(self, share: float = 1.0, more: Mapping[str, Scalar] | None = None) -> RunConfig:
+        """The settings of its training up to `share` of the study's rounds."""
+        study = self.study
+        flat = flatten(study.settings) | flatten(study.datasets[self.dataset]) | flatten(study.methods[self.method].set)
+        own: dict[str, Scalar] = {"name": self.name, "seed": self.seed, "threads": 1}
+        whole = RunConfig.from_flat(flat | own | dict(more or {}))
+        rounds = max(1, round(share * whole.num_server_rounds))
+        return whole.model_copy(update={"num_server_rounds": rounds})
+
+    def rate(self, results: ResultsFile) -> dict[str, Scalar]:
+        """The rate of a random control: as many skips below t-max as the method it stands beside had.
+
+        Raises `LookupError` while that method's row is missing.
+        """
+        model = self.study.methods[self.method].skips_of
+        if not model:
+            return {}
+        beside = Cell(self.study, self.dataset, model, self.seed)
+        row = results.find(beside.key, 1.0, beside.config())
+        if row is None:
+            raise LookupError(f"{self.name} waits for {beside.name}")
+        config = self.config()
+        return {"agc.random-rate": min(0.95, row.skip_rate * config.diffusion.timesteps / config.agc.t_max)}
+
+    def missing(self, results: ResultsFile) -> list[float]:
+        """The points that are not in the results yet."""
+        try:
+            more = self.rate(results)
+        except LookupError:
+            return self.points
+        return [share for share in self.points if results.find(self.key, share, self.config(share, more)) is None]
+
+
+def run_cell(cell: Cell, folder: Path, results: ResultsFile) -> None:
+    """Train and audit what is missing of a cell, in this process; each point becomes a folder in folder/points."""
+    from clients.app import app as client_app
+    from ret_fl.audit.folder import NUMBERS, PICTURES, load_audit
+    from ret_fl.settings import change_run, new_run
+    from server.app import app as server_app
+    from simulations.inline import run_inline
+
+    more = cell.rate(results)
+    for share in cell.missing(results):
+        config = cell.config(share, more)
+        kept = point_folder(folder, share)
+        if _point_done(kept, config, results):
+            continue
+        if (folder / "config.json").is_file():
+            _require_same(cell, RunDir.existing(folder), config, results)
+            run, config = change_run(folder, {"num-server-rounds": config.num_server_rounds})
+            flat = config.to_flat() | {"resume": str(folder)}
+        else:
+            run, config = new_run(config.to_flat(), folder)
+            flat = config.to_flat()
+        run_inline(server_app, client_app, flat, config.shards)
+        audit, _ = load_audit(run.audit)
+        row = Row(
+            dataset=cell.dataset,
+            method=cell.method,
+            seed=cell.seed,
+            share=share,
+            settings=results.difference(config),
+            **measured(audit, run.rows()),
+        )
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (NUMBERS, PICTURES):
+            shutil.copy2(run.audit / name, kept / name)
+        write_atomically(kept / ROW, row.model_dump_json() + "\n")
+
+
+def _point_done(kept: Path, config: RunConfig, results: ResultsFile) -> bool:
+    """Whether a point was audited before the study was broken off."""
+    if not (kept / ROW).is_file():
+        return False
+    row = Row.model_validate_json((kept / ROW).read_text())
+    return (row.settings, row.rounds) == (results.difference(config), config.num_server_rounds)
+
+
+def _require_same(cell: Cell, run: RunDir, config: RunConfig, results: ResultsFile) -> None:
+    """A folder of an earlier training is gone on with only if it is the same one, and not already further."""
+    if results.difference(run.read_config()) != results.difference(config):
+        raise ConfigError(f"{run.path} holds a run with other settings than {cell.name} has now: remove that folder")
+    rows = run.rows()
+    if rows and rows[-1]["round"] > config.num_server_rounds:
+        raise ConfigError(
+            f"{run.path} is at round {rows[-1]['round']} already, {cell.name} wants to be audited at "
+            f"{config.num_server_rounds}: remove that folder to train it again"
+        )
+
+
+def point_folder(folder: Path, share: float) -> Path:
+    """Where a cell keeps the row and the audit of a point."""
+    return folder / "points" / f"{share:.4f}"
+
+
+# Running a study
+
+
+class CellsFailedError(RuntimeError):
+    """Some cells of a study failed; the message names them and their logs."""
+
+
+def run_study(path: Path, root: Path, results_path: Path, jobs: int) -> None:
+    """Run what is missing. Raises `CellsFailedError` at the end if some failed; the others are done then."""
+    study, results = Study.read(path), ResultsFile(results_path)
+    root.mkdir(parents=True, exist_ok=True)
+    waiting = [cell for cell in study.cells() if cell.missing(results)]
+    failed: list[str] = []
+    running: dict[Future[int], tuple[Cell, subprocess.Popen[bytes]]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True))
+    work = sum(cell.points[-1] for cell in waiting)
+    finished, count = 0.0, len(waiting)
+    with Progress(*columns, *times, speed_estimate_period=600) as progress, ThreadPoolExecutor(jobs) as pool:
+        task = progress.add_task("study", total=work or 1, completed=0 if work else 1)
+        try:
+            while waiting or running:
+                for cell in [c for c in waiting if _ready(c, results)][: jobs - len(running)]:
+                    waiting.remove(cell)
+                    process = _start(path, cell, root, results_path)
+                    running[pool.submit(process.wait)] = cell, process
+                if not running:
+                    failed += [f"{cell.name}: the run whose skips it takes over failed" for cell in waiting]
+                    break
+                done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell, process = running.pop(future)
+                    finished += cell.points[-1]
+                    if process.returncode:
+                        failed.append(f"{cell.name}: see {root / cell.name}.log")
+                    points = (root / cell.name).glob(f"points/*/{ROW}")
+                    results.add([Row.model_validate_json(p.read_text()) for p in points])
+                now = sum(_trained(root / cell.name) / cell.config().num_server_rounds for cell, _ in running.values())
+                left = count - len(waiting) - len(running)
+                progress.update(task, completed=finished + now, description=f"{left}/{count} trainings")
+        finally:
+            for _, process in running.values():
+                process.terminate()
+    if failed:
+        raise CellsFailedError("these failed, the rest is done:\n  " + "\n  ".join(failed))
+
+
+def _ready(cell: Cell, results: ResultsFile) -> bool:
+    try:
+        cell.rate(results)
+    except LookupError:
+        return False
+    return True
+
+
+def _trained(folder: Path) -> int:
+    rows = RunDir(folder).rows()
+    return int(rows[-1]["round"]) if rows else 0
+
+
+def _start(path: Path, cell: Cell, root: Path, results_path: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "simulations.study", str(path), "--out", str(root)]
+    command += ["--results", str(results_path), "--cell", cell.name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with (root / f"{cell.name}.log").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def main(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="The study, as in simulations/studies/.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the trainings. [default: runs/study-<name>]", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Results. [default: docs/results/<name>.jsonl]", show_default=False),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, one thread each.")] = os.cpu_count() or 1,
+    render_only: Annotated[bool, typer.Option("--render", help="Only write the pages of what is there.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Only say what is done and what is missing.")] = False,
+    cell_name: Annotated[str, typer.Option("--cell", metavar="NAME", help="Train this cell only, here.")] = "",
+) -> None:
+    """Train and audit a grid of methods, datasets and seeds, and set them side by side.
+
+    Results are pages, figures and a JSON-lines file; what is in that file is not run again, so a study goes on where
+    it was broken off, on this machine or another.
+    """
+    from simulations.pages import write_pages
+
+    root = (out or Path("runs") / f"study-{file.stem}").absolute()
+    results_path = (results or Path("docs/results") / f"{file.stem}.jsonl").absolute()
+    try:
+        study = Study.read(file)
+        if cell_name:
+            found = ResultsFile(results_path)
+            run_cell(_named(study, cell_name), root / cell_name, found)
+            return
+        if listing:
+            _list(study, ResultsFile(results_path))
+            return
+        if not render_only:
+            run_study(file.absolute(), root, results_path, jobs)
+        page = write_pages(study, file, ResultsFile(results_path), root)
+    except (ConfigError, CellsFailedError, ValueError) as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"Results: {page}")
+
+
+def _named(study: Study, name: str) -> Cell:
+    cells = {cell.name: cell for cell in study.cells()}
+    if name not in cells:
+        raise ConfigError(f"--cell: no {name!r} in this study; it has {', '.join(cells)}")
+    return cells[name]
+
+
+def _list(study: Study, results: ResultsFile) -> None:
+    for cell in study.cells():
+        missing = cell.missing(results)
+        state = "done" if not missing else "missing at " + ", ".join(f"{share:g}" for share in missing)
+        typer.echo(f"{cell.name:<40} {state}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

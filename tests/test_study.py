@@ -1,0 +1,153 @@
+"""A study trains what is missing, keeps what is done, and its pages say what the rows say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ret_fl.config import ConfigError
+from simulations.results import ResultsFile
+from simulations.study import Study, run_study
+
+GRID = """
+title = "Two methods"
+summary = true
+[settings]
+num-server-rounds = 2
+local-epochs = 1
+samples = 40
+sample-steps = 2
+evaluate-every = 0
+data.limit = 40
+data.canaries = 2
+data.canary-repeats = 3
+[datasets.digits]
+data.source = "image-folder"
+data.path = "IMAGES"
+[methods.central]
+label = "central training"
+points = [0.5, 1]
+set = { shards = 1, agc.mode = "off" }
+[methods.default]
+label = "the default"
+set = { shards = 2 }
+"""
+
+
+def write(folder: Path, text: str = GRID) -> Path:
+    """The study file, and 120 digits of two classes as image files: a small held-out set makes audits quick."""
+    images = folder / "images"
+    if not images.is_dir():
+        found = load_digits(n_class=2)
+        for i in range(120):
+            place = images / str(found.target[i])
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.rint(found.images[i] * 255 / 16).astype(np.uint8)).save(place / f"{i}.png")
+    path = folder / "two.toml"
+    path.write_text(text.replace("IMAGES", str(images)))
+    return path
+
+
+def run(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "simulations.study", str(path), "--out", str(path.parent / "runs")]
+    command += ["--results", str(path.parent / "results" / "two.jsonl"), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study file of a finished two-cell study; its results lie in results/ beside it."""
+    path = write(tmp_path_factory.mktemp("study"))
+    done = run(path, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def results(path: Path) -> ResultsFile:
+    return ResultsFile(path.parent / "results" / "two.jsonl")
+
+
+def test_every_point_of_every_cell_has_a_row(finished: Path) -> None:
+    rows = {(row.method, row.share): row for row in results(finished).rows}
+    assert set(rows) == {("central", 0.5), ("central", 1.0), ("default", 1.0)}
+    assert rows["central", 0.5].rounds == 1 and rows["central", 1.0].rounds == 2
+    assert rows["central", 0.5].images == 44  # 40 digits, two of them thrice, once
+    assert rows["central", 1.0].images == rows["default", 1.0].images == 88  # equal images seen
+    assert rows["central", 1.0].settings["agc.mode"] == "off"
+
+
+def test_a_done_study_trains_nothing_again_even_without_its_folders(finished: Path) -> None:
+    listed = run(finished, "--list")
+    assert listed.stdout.count("done") == 2 and "missing" not in listed.stdout
+    elsewhere = finished.parent / "elsewhere"
+    run_study(finished, elsewhere, results(finished).path, jobs=1)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_changed_setting_or_length_makes_rows_stale(finished: Path) -> None:
+    for change in (("local-epochs = 1", "local-epochs = 2"), ("num-server-rounds = 2", "num-server-rounds = 4")):
+        study = Study.read(write(finished.parent, GRID.replace(*change)))
+        assert all(cell.missing(results(finished)) == cell.points for cell in study.cells())
+    write(finished.parent)
+
+
+def test_a_further_point_goes_on_from_the_last_round_and_leaves_the_rest(finished: Path) -> None:
+    longer = write(finished.parent, GRID.replace("points = [0.5, 1]", "points = [0.5, 1, 1.5]"))
+    done = run(longer, "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    row = next(r for r in results(longer).rows if r.share == 1.5)
+    assert row.rounds == 3 and row.images == 132
+    metrics = (finished.parent / "runs" / "digits-central-s0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in metrics] == [1, 2, 3]
+    write(finished.parent)
+
+
+def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
+    assert run(finished, "--render").returncode == 0
+    folder = finished.parent / "results"
+    page = (folder / "two.md").read_text()
+    assert "| central training | 1 | 88 |" in page and "| the default | 1 | 88 |" in page
+    assert "![Copies against quality, digits](two-digits.png)" in page
+    for picture in ("two-digits.png", "two-digits-copies.png"):
+        assert (folder / picture).stat().st_size > 5000
+    entries = {entry["method"]: entry for entry in json.loads((folder / "summary.json").read_text())}
+    rows = {row.method: row for row in results(finished).rows if row.share == 1}
+    assert set(entries) == {"central", "default"}
+    for method, entry in entries.items():
+        assert entry["dataset"] == "digits" and entry["seeds"] == 1
+        assert (entry["cr"], entry["fd"]) == (rows[method].cr.value, rows[method].fd)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('shards = 1, agc.mode = "off"', 'shards = 1, agc.mod = "off"'), "agc.mod"),
+        (("[methods.default]", '[methods.default]\ndatasets = ["cifar"]'), "cifar"),
+        (("[methods.default]", '[methods.default]\nskips-of = "agc"'), "skips-of"),
+        (("points = [0.5, 1]", "points = [0, 1]"), "methods.central.points"),
+        (('title = "Two methods"', ""), "title"),
+    ],
+)
+def test_a_bad_study_file_is_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Study.read(write(tmp_path, GRID.replace(*change)))
+
+
+def test_a_random_control_skips_as_often_as_the_method_beside_it(finished: Path) -> None:
+    control = '[methods.random]\nlabel = "r"\nskips-of = "default"\nset = { shards = 2, agc.mode = "random" }\n'
+    study = Study.read(write(finished.parent, GRID + control))
+    cell = next(c for c in study.cells() if c.method == "random")
+    rows = [r for r in results(finished).rows if r.method == "default"]
+    assert cell.rate(results(finished)) == {"agc.random-rate": min(0.95, 2 * rows[0].skip_rate)}  # below t = 500 only
+    empty = ResultsFile(finished.parent / "none.jsonl")
+    with pytest.raises(LookupError):
+        cell.rate(empty)
+    write(finished.parent)
