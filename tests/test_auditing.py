@@ -10,42 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
-from conftest import TINY, run_server
+from conftest import TINY, ret_fl, run_server
 from PIL import Image
-from typer.testing import CliRunner
 
+from ret_fl.audit.attacks import _duplicates
 from ret_fl.audit.folder import load_audit
 from ret_fl.audit.generate import Generated, load_denoiser
-from ret_fl.audit.run import AuditData, Options, run_audit
+from ret_fl.audit.inputs import AuditData, Options
+from ret_fl.audit.run import run_audit
 from ret_fl.audit.schema import Audit
 from ret_fl.auditing import Drawing, audit_model, checkpoint_models, compare, open_data, unique_names
-from ret_fl.cli import app
 from ret_fl.config import DataConfig, RunConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.data.store import SampleStore
-
-MEMORIZED = TINY | {
-    "data.canaries": 2,
-    "data.canary-repeats": 6,
-    "num-server-rounds": 3,
-    "local-epochs": 4,
-    "samples": 12,
-    "sample-steps": 4,
-    "keep-checkpoints": 9,
-    "agc.t-max": 1000,
-    "name": "audited",
-}
-
-
-def ret_fl(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run, audited at its end."""
-    return run_server(RunConfig.from_flat(MEMORIZED), tmp_path_factory.mktemp("audited") / "run").path
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +268,6 @@ def test_the_python_of_the_readme_audits_a_model(run_dir: Path, tmp_path: Path) 
 
 
 def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
-    from ret_fl.audit.run import _duplicates
-
     data = load_splits(DataConfig(limit=40, canaries=1, canary_repeats=5)).train
     assert len(data) == 44
     canary = int(np.argsort(np.unique(data.content_hashes, return_counts=True)[1])[-1])
