@@ -14,7 +14,8 @@ import typer
 from ret_fl.cli_options import DeviceOption, ThreadsOption, stop, wide_console
 
 if TYPE_CHECKING:
-    from ret_fl.auditing import Drawn, Stage
+    from ret_fl.audit.attacks import Stage
+    from ret_fl.auditing import Drawn
 
 
 class Colours(StrEnum):
@@ -122,12 +123,11 @@ def audit(
         Drawing,
         audit_folder,
         audit_model,
-        checkpoint_models,
-        compare,
         is_run,
         open_data,
         own_drawing,
     )
+    from ret_fl.comparison import checkpoint_models, compare
     from ret_fl.devices import limit_threads, resolve_device
 
     if baseline is not None and baseline not in models:

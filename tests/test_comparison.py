@@ -10,7 +10,8 @@ import pytest
 from conftest import ret_fl
 
 from ret_fl.audit.folder import load_audit
-from ret_fl.auditing import Drawing, checkpoint_models, compare, open_data, unique_names
+from ret_fl.auditing import Drawing, open_data
+from ret_fl.comparison import checkpoint_models, compare, unique_names
 
 
 def test_several_models_stand_side_by_side(run_dir: Path, tmp_path: Path) -> None:
