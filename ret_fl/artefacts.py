@@ -11,8 +11,8 @@ from flwr.common.logger import log
 
 from ret_fl import pictures
 from ret_fl.audit.folder import NUMBERS, PAGE, save_audit
+from ret_fl.audit.inputs import Options
 from ret_fl.audit.report import percent, verdict, with_interval
-from ret_fl.audit.run import Options
 from ret_fl.audit.schema import Audit
 from ret_fl.auditing import Drawing, data_of, draw, measure
 from ret_fl.config import RunConfig, describe
@@ -50,8 +50,8 @@ def finish(run: RunDir, config: RunConfig, data: DataSplits, weights: State, led
 def _audited(run: RunDir, config: RunConfig) -> Audit:
     """Draw images, audit them, and keep both in the run's folder."""
     log(INFO, "drawing %d images", config.samples)
-    drawing = Drawing(samples=config.samples, seed=config.seed, steps=config.sample_steps)
-    options = Options(device=resolve_device(config.device))
+    drawing = Drawing.at_end(config)
+    options = Options(seed=config.seed, device=resolve_device(config.device))
     generated = draw(run.path, run.audit, drawing, options)
     np.save(run.samples, (generated.images * 255).round().to(torch.uint8).numpy())
     pictures.save_grid(generated.images[:100], run.path / "samples.png")

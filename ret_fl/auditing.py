@@ -15,29 +15,28 @@ import numpy as np
 import torch
 
 from ret_fl.audit import schema
-from ret_fl.audit.features import load_features
+from ret_fl.audit.attacks import Stage
+from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.folder import save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser, read_images
-from ret_fl.audit.plots import plane_figure
+from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
 from ret_fl.audit.report import Pictures
-from ret_fl.audit.run import AuditData, Background, Options, run_audit
-from ret_fl.checkpoint import checkpoints
+from ret_fl.audit.run import require_same_shape, run_audit
 from ret_fl.config import ConfigError, DataConfig, RunConfig, describe
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import make_scheduler
-from ret_fl.diffusion.sampling import save_pipeline
+from ret_fl.diffusion.sampling import image_shape
 from ret_fl.ledger import ShardLedger
-from ret_fl.recorder import ema_state
 from ret_fl.rundir import RunDir
 
 Channels = Literal["auto", "grey", "rgb"]
 BUILTIN = tuple(s for s in get_args(DataConfig.model_fields["source"].annotation) if s not in ("image-folder", "hf"))
 SAMPLES = "samples"
 """Folder of drawn images inside an audit's, so that an interrupted audit goes on where it was."""
+HELD_OUT = 0.2
+"""Share of the reference that is held out at least, where nothing else is. Without a floor no copy rate can be read; a
+reference smaller than the training set raises both alike."""
 
-Stage = Callable[[str], None]
 Drawn = Callable[[int, int], None]
 
 
@@ -52,6 +51,16 @@ class Drawing:
     guidance: float = 7.5
     image_size: int = 0
     channels: Channels = "auto"
+
+    @classmethod
+    def at_end(cls, config: RunConfig) -> Drawing:
+        """As a run draws when it ends; one that drew nothing has the default number of samples."""
+        return cls(samples=config.samples or cls.samples, seed=config.seed, steps=config.sample_steps)
+
+
+def own_drawing(model: Path) -> Drawing:
+    """As a run drew at its end; for any other model the defaults."""
+    return Drawing.at_end(RunDir.existing(model).read_config()) if is_run(model) else Drawing()
 
 
 def audit_model(
@@ -75,30 +84,74 @@ def audit_model(
         data: the training images, as in `open_data`; None takes those of `model`, which must then be a run.
         reference, held_out: real images never trained on, as in `open_data`.
         features: image models for similarity and quality, as in `ret_fl.audit.features.load_features`.
-        out: the folder; None: audit/ inside a run, else audits/<name>.
-        drawing, options: how images are drawn, and how they are measured.
+        out: the folder; None: as `audit_folder` says.
+        drawing, options: how images are drawn, and how they are measured; None: as a run was at its end, or the
+            defaults.
         leakage: whether to attack the model by its losses, where it is one that has losses.
         on_stage: told what is done next. on_drawn: told how many images of how many are drawn.
 
     Raises:
         ValueError, FileNotFoundError: the model or the data cannot be used; the message says what to change.
     """
-    path, folder, options = Path(model), audit_folder(Path(model), out), options or Options()
+    path = Path(model)
     if data is None and not is_run(path):
         raise ConfigError(f"{path} is no run of ret-fl, which would know its training images: name them as data")
+    drawing = drawing or own_drawing(path)
+    options = options or Options(seed=drawing.seed)
+    folder = Path(out) if out is not None else audit_folder(path, drawing, options, data, reference, held_out)
+    networks = [load_features(spec, device=options.device) for spec in features]
     real = open_data(data if data is not None else model, reference, held_out, drawing)
+    check_before_drawing([path], real, networks, drawing)
     on_stage(f"images of {model}")
     generated = draw(path, folder, drawing, options, on_drawn)
-    audit, pictures = measure(path, generated, real, features, options, leakage, on_stage)
+    audit, pictures = measure(path, generated, real, networks, options, leakage, on_stage)
     save_audit(folder, audit, pictures)
     return audit
 
 
-def audit_folder(model: Path, out: str | Path | None = None) -> Path:
-    """Where the audit of a model goes."""
-    if out is not None:
-        return Path(out)
-    return model / "audit" if is_run(model) else Path("audits") / model.resolve().name
+def audit_folder(
+    model: Path,
+    drawing: Drawing,
+    options: Options,
+    data: str | Path | None = None,
+    reference: str | Path | None = None,
+    held_out: str | Path | None = None,
+) -> Path:
+    """Where the audit of a model goes unless it is told: audits/<name>, or audit/ in a run.
+
+    A run's summary and pictures tell of what lies in its audit/. Only an audit of the same images against the same
+    data and threshold takes that place.
+    """
+    if is_run(model):
+        same_data = (data is None or Path(data) == model) and reference is None and held_out is None
+        if same_data and drawing == own_drawing(model) and options.threshold == Options.threshold:
+            return model / "audit"
+    return Path("audits") / model.resolve().name
+
+
+def check_before_drawing(
+    models: Sequence[Path], data: AuditData, features: Sequence[FeatureModel], drawing: Drawing
+) -> None:
+    """Refuse what would else be refused after drawing, which may take hours.
+
+    Raises `ValueError`: sizes of images that differ, and image models that cannot take them.
+    """
+    for model in models:
+        require_same_shape(data, _drawn_shape(model, drawing))
+    for network in features:
+        network.features(data.train.pixels(np.arange(1)))
+
+
+def _drawn_shape(model: Path, drawing: Drawing) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images that `draw` will give; None where only drawing or reading them can tell."""
+    denoiser = load_denoiser(model, "cpu")
+    if denoiser is None:
+        return None
+    unet, _, fold = denoiser
+    channels, height, width = image_shape(unet, fold)
+    if drawing.image_size:
+        height = width = drawing.image_size
+    return {"auto": channels, "grey": 1, "rgb": 3}[drawing.channels], height, width
 
 
 def is_run(path: Path) -> bool:
@@ -134,21 +187,20 @@ def measure(
     model: Path,
     generated: Generated,
     data: AuditData,
-    features: Sequence[str] = (),
+    features: Sequence[FeatureModel] = (),
     options: Options | None = None,
     leakage: bool = True,
     on_stage: Stage = lambda stage: None,
 ) -> tuple[schema.Audit, Pictures]:
     """The audit of one model's images against data already open; a run's folder adds what it recorded."""
     options = options or Options()
-    loaded = [load_features(spec, device=options.device) for spec in features]
     run = RunDir.existing(model) if is_run(model) else None
     return run_audit(
         model,
         generated,
         data,
         denoiser=load_denoiser(model, options.device) if leakage else None,
-        feature_models=loaded,
+        feature_models=features,
         background=(lambda: background_of(run, data)) if run else Background,
         options=options,
         on_stage=on_stage,
@@ -167,21 +219,22 @@ def open_data(
     """Real images for an audit.
 
     Args:
-        data: a run's folder (its own split), one of the built-in sources (digits, mnist, glyphs, patches, faces; split
-            as by default), or training images: a folder of image files, a .npy, a save_to_disk folder, parquet files
-            or a hub name.
-        reference, held_out: real images never trained on, in the same forms as training images. Of a reference
-            larger than the (distinct) training set the surplus serves as held-out images, unless these are given.
+        data: a run's folder (its own split), training images (a folder of image files, a .npy, a save_to_disk folder
+            or parquet files), or, if there is no such path, one of the built-in sources (digits, mnist, glyphs,
+            patches, faces; split as by default) or a hub name. Floats of a .npy are rounded to 8 bits.
+        reference, held_out: real images never trained on, in the same forms as training images. Where no images are
+            held out, what `reference` has beyond the number of distinct training images is, and a fifth of it at least.
         drawing: its image_size and channels bring files to the model's size.
 
     Raises:
-        ValueError: (`ConfigError`) unreadable or missing images; the message names the file or setting.
+        ValueError: unreadable or missing images (`ConfigError`; the message names the file or setting), or a
+            reference that shares images with the training or held-out images.
         FileNotFoundError: no such .npy file.
     """
     drawing = drawing or Drawing()
     if is_run(Path(data)):
         opened = data_of(RunDir.existing(data).read_config())
-    elif str(data) in BUILTIN:
+    elif str(data) in BUILTIN and not Path(data).exists():
         opened = _from_splits(str(data), load_splits(DataConfig.model_validate({"source": str(data)})))
     elif (Path(data) / "model_index.json").is_file():
         raise ConfigError(f"{data} is a model without its training images: name them by --data")
@@ -190,7 +243,7 @@ def open_data(
     if held_out is not None:
         opened = replace(opened, held_out=_store(held_out, drawing), one_split=False)
     if reference is not None:
-        opened = _with_reference(opened, _store(reference, drawing), keep_rest=held_out is None)
+        opened = _with_reference(opened, _store(reference, drawing))
     return opened
 
 
@@ -228,14 +281,23 @@ def _holds_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names) or any(folder.rglob("*.parquet"))
 
 
-def _with_reference(data: AuditData, reference: SampleStore, *, keep_rest: bool) -> AuditData:
-    """Distinct reference images, as many as distinct training images; what is over may serve as held-out images."""
-    needed = len(np.unique(data.train.content_hashes))
-    distinct = np.sort(np.unique(reference.content_hashes, return_index=True)[1])
-    order = np.random.default_rng(0).permutation(distinct)
-    rest = reference.subset(np.sort(order[needed:]))
-    held_out = rest if keep_rest and data.held_out is None and len(rest) else data.held_out
-    return replace(data, reference=reference.subset(np.sort(order[:needed])), held_out=held_out, one_split=False)
+def _with_reference(data: AuditData, reference: SampleStore) -> AuditData:
+    """Distinct reference images, as many as distinct training images, and held-out ones where there are none yet."""
+    _refuse_shared("reference", reference, "train", data.train)
+    if data.held_out is not None:
+        _refuse_shared("held_out", data.held_out, "reference", reference)
+    order = np.random.default_rng(0).permutation(distinct_rows(reference))
+    count, held_out = len(distinct_rows(data.train)), data.held_out
+    if held_out is None:
+        count = min(count, len(order) - round(HELD_OUT * len(order)))
+        held_out = reference.subset(np.sort(order[count:])) if count < len(order) else None
+    return replace(data, reference=reference.subset(np.sort(order[:count])), held_out=held_out, one_split=False)
+
+
+def _refuse_shared(name: str, images: SampleStore, other_name: str, others: SampleStore) -> None:
+    shared = len(np.intersect1d(images.content_hashes, others.content_hashes))
+    if shared:
+        raise ValueError(f"{name} shares {shared} images with {other_name}: give images that are in one set only")
 
 
 # Runs
@@ -286,85 +348,3 @@ def _skips_by_timestep(config: RunConfig, rows: Sequence[dict[str, list[int]]]) 
     draws, skips = (np.sum([row[key] for row in counted], axis=0) for key in ("level_draws", "level_skips"))
     timesteps = (np.arange(len(draws)) + 0.5) * config.diffusion.timesteps / len(draws)
     return timesteps[draws > 0], (skips / np.maximum(draws, 1))[draws > 0]
-
-
-def checkpoint_models(model: Path, folder: Path) -> list[Path]:
-    """A diffusers pipeline in `folder` of every checkpoint that a run kept, oldest first; another model is its own.
-
-    Raises `ConfigError` if the run kept none but the first: `keep-checkpoints` says how many stay.
-    """
-    if not is_run(model):
-        return [model]
-    run = RunDir.existing(model)
-    config = run.read_config()
-    data = load_splits(config.data).train
-    models = []
-    for number, weights in checkpoints(run.checkpoints):
-        if number:
-            unet = build_unet(config.model, data.image_shape, data.num_classes, config.seed)
-            unet.load_state_dict(ema_state(weights))
-            path = folder / f"{run.path.name}, round {number}"
-            save_pipeline(path, unet, make_scheduler(config.diffusion), fold_factor(config.model, data.image_shape))
-            models.append(path)
-    if not models:
-        raise ConfigError(f"--early-stop {run.path}: no checkpoint there; train with keep-checkpoints=1000 to keep all")
-    return models
-
-
-# Comparison
-
-
-def compare(
-    models: Sequence[Path],
-    data: AuditData,
-    out: Path,
-    *,
-    baseline: Path | None = None,
-    early_stop: Sequence[Path] = (),
-    features: Sequence[str] = (),
-    drawing: Drawing | None = None,
-    options: Options | None = None,
-    leakage: bool = True,
-    on_stage: Stage = lambda stage: None,
-    on_drawn: Drawn | None = None,
-) -> tuple[list[schema.Audit], schema.Audit | None]:
-    """Audit several models against the same data, and write them side by side into `out`.
-
-    out/<name>/ has each model's audit, whose report shows the others beside it; out/plane.png is the copy-quality
-    plane. early_stop: models of one training at growing lengths, oldest first.
-
-    Returns the audits in the order of `models`, and the baseline's. Raises as `audit_model`.
-    """
-    names = unique_names([*models, *early_stop])
-
-    def one(path: Path, name: str, by_losses: bool) -> tuple[schema.Audit, Pictures]:
-        folder = out / name.replace("/", "-")
-        on_stage(f"images of {name}")
-        generated = replace(draw(path, folder, drawing, options, on_drawn), name=name)
-        return measure(path, generated, data, features, options, by_losses, on_stage)
-
-    found = [one(path, name, leakage) for path, name in zip(models, names, strict=False)]
-    curve = [one(path, name, False)[0] for path, name in zip(early_stop, names[len(models) :], strict=True)]
-    audits = [audit for audit, _ in found]
-    base = audits[list(models).index(baseline)] if baseline is not None else None
-    for audit, pictures in found:
-        others = [a for a in audits if a is not audit]
-        save_audit(
-            out / audit.model.name.replace("/", "-"), audit, pictures, baseline=base if audit is not base else None,
-            others=others, early_stop=curve,
-        )  # fmt: skip
-    if any(a.replication.copy_rates and a.fidelity for a in audits):
-        plane_figure(audits, base, curve).savefig(out / "plane.png", dpi=150)
-    return audits, base
-
-
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, with as many parts before it as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
-
-    def name(own: tuple[str, ...]) -> str:
-        others = [p for p in parts if p != own]
-        depth = next((d for d in range(1, len(own)) if all(p[-d:] != own[-d:] for p in others)), len(own))
-        return "/".join(own[-depth:])
-
-    return [name(own) for own in parts]

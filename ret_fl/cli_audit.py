@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,8 @@ import typer
 from ret_fl.cli_options import DeviceOption, ThreadsOption, stop, wide_console
 
 if TYPE_CHECKING:
-    from ret_fl.auditing import Drawn, Stage
+    from ret_fl.audit.attacks import Stage
+    from ret_fl.auditing import Drawn
 
 
 class Colours(StrEnum):
@@ -30,18 +32,36 @@ def audit(
     data: Annotated[
         str,
         typer.Option(
-            help="Training images: a run's folder, a folder of images, a .npy, parquet files or a dataset's name, or "
-            "digits, mnist, glyphs, patches, faces. [default: those of the first MODEL that is a run]",
+            help="Training images: a run's folder, a folder of images, a .npy or parquet files; where no such path "
+            "exists, digits, mnist, glyphs, patches, faces or a dataset's name. [default: those of the first MODEL "
+            "that is a run]",
             show_default=False,
         ),
     ] = "",
     reference: Annotated[
-        str, typer.Option(help="Real images never trained on, as many as --data: without them no copy rate.")
+        str,
+        typer.Option(
+            help="Real images never trained on, 1.25 times as many as --data at best: as many calibrate the copy rate, "
+            "the others are its floor. Without them no copy rate."
+        ),
     ] = "",
     held_out: Annotated[str, typer.Option(help="Further real images never trained on, for floors and quality.")] = "",
-    samples: Annotated[int, typer.Option(min=1, help="Images to draw from a model.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images to draw. [default: a run's own number; else 1000]", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Image i of a seed starts from the same noise always. [default: a run's own; else 0]",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Denoising steps. [default: a run's own number; else 50]", show_default=False),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For text-to-image: one prompt a line, used in turn.")
     ] = None,
@@ -74,7 +94,11 @@ def audit(
     leakage: Annotated[bool, typer.Option(help="Attack the model by its losses, where it has any.")] = True,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the audit. [default: audit/ in a run, else audits/]", show_default=False),
+        typer.Option(
+            help="Folder of the audit. [default: audit/ in a run, if images, data and threshold are those of its end; "
+            "else audits/]",
+            show_default=False,
+        ),
     ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
@@ -82,7 +106,8 @@ def audit(
 ) -> None:
     """Does a model copy its training images? Copies, quality and leakage, into audit.json and report.html.
 
-    Interrupted, it goes on with the images drawn so far. Several MODELs are compared on the same data.
+    Interrupted, it goes on with the images drawn so far. Several MODELs are compared on the same data, and drawn from
+    alike: 1000 images, seed 0, 50 steps unless told otherwise.
 
     Examples:
 
@@ -92,42 +117,52 @@ def audit(
 
         ret-fl audit someones-pipeline --data photos --reference other-photos --image-size 64
     """
+    from ret_fl.audit.inputs import Options
     from ret_fl.audit.report import comparison_table, verdict
-    from ret_fl.audit.run import Options
-    from ret_fl.auditing import Drawing, audit_folder, audit_model, checkpoint_models, compare, is_run, open_data
+    from ret_fl.auditing import (
+        Drawing,
+        audit_folder,
+        audit_model,
+        is_run,
+        open_data,
+        own_drawing,
+    )
+    from ret_fl.comparison import checkpoint_models, compare
     from ret_fl.devices import limit_threads, resolve_device
 
     if baseline is not None and baseline not in models:
         raise stop(f"--baseline {baseline} is not among the models: name it as one of them, too")
     limit_threads(threads)
     source = data or next((str(m) for m in models if is_run(m)), "")
+    alone = len(models) == 1 and not early_stop
     try:
         if not source:
             raise ValueError(
                 "--data is missing: name the training images (no MODEL is a run of ret-fl, which knows them)"
             )
-        drawing = Drawing(samples, seed, steps, _prompts(prompts), guidance, image_size, channels.value)
+        named = {"samples": samples, "seed": seed, "steps": steps}
+        drawing = replace(
+            own_drawing(models[0]) if alone else Drawing(),
+            **{name: value for name, value in named.items() if value is not None},
+            prompts=_prompts(prompts), guidance=guidance, image_size=image_size, channels=channels.value,
+        )  # fmt: skip
         options = Options(
-            threshold=threshold, members=members, seed=seed, device=resolve_device(device), memory_mb=memory_mb
+            threshold=threshold, members=members, seed=drawing.seed, device=resolve_device(device), memory_mb=memory_mb
         )
         with _progress() as (on_stage, on_drawn):
-            if len(models) == 1 and not early_stop:
-                folder = audit_folder(models[0], out)
+            if alone:
+                folder = out or audit_folder(models[0], drawing, options, source, reference or None, held_out or None)
                 audits = [
                     audit_model(
                         models[0], source, reference=reference or None, held_out=held_out or None,
-                        features=features or (), out=out, drawing=drawing, options=options, leakage=leakage,
+                        features=features or (), out=folder, drawing=drawing, options=options, leakage=leakage,
                         on_stage=on_stage, on_drawn=on_drawn,
                     )
                 ]  # fmt: skip
                 base = None
             else:
                 folder = out or Path("audits")
-                curve = [
-                    model
-                    for shorter in early_stop or ()
-                    for model in checkpoint_models(shorter, folder / "checkpoints")
-                ]
+                curve = checkpoint_models(early_stop or (), folder / "checkpoints")
                 real = open_data(source, reference or None, held_out or None, drawing)
                 audits, base = compare(
                     models, real, folder, baseline=baseline, early_stop=curve, features=features or (),

@@ -15,11 +15,19 @@ from ret_fl.diffusion.sampling import start_noise
 Progress = Callable[[int], None]
 
 
-def timestep_grid(num_train_timesteps: int, count: int) -> Tensor:
-    """`count` timesteps, the middles of equal parts of [0, num_train_timesteps): int64 [count], ascending."""
+def timestep_grid(num_train_timesteps: int, count: int, below: int | None = None) -> Tensor:
+    """`count` timesteps, the middles of equal parts of [0, num_train_timesteps): int64 [count], ascending.
+
+    With `below`, only those below it.
+    """
     if count < 1:
         raise ValueError(f"timesteps must be >= 1, got {count}")
-    return (torch.arange(count) * 2 + 1) * num_train_timesteps // (2 * count)
+    grid = (torch.arange(count) * 2 + 1) * num_train_timesteps // (2 * count)
+    if below is None:
+        return grid
+    if not len(grid := grid[grid < below]):
+        raise ValueError(f"no timestep of {count} in {num_train_timesteps} lies below {below}: raise it")
+    return grid
 
 
 def folded_batches(
@@ -57,6 +65,7 @@ def loss_grid(
     ids: Tensor,
     *,
     timesteps: int = 10,
+    below: int | None = None,
     noises: int = 1,
     seed: int = 0,
     batch_size: int = 256,
@@ -69,25 +78,26 @@ def loss_grid(
 
     Args:
         ids: int64 [n].
+        below: leave out the timesteps of the grid that are not below; None takes all.
         noises: noise draws a timestep, averaged over.
 
     Raises:
-        ValueError: no ids, or timesteps, noises or batch_size < 1.
+        ValueError: no ids, no timestep, or noises or batch_size < 1.
         IndexError: an id that the store does not hold.
     """
     if noises < 1:
         raise ValueError(f"noises must be >= 1, got {noises}")
     device = objective.device
     unet = unet.to(device).eval()
-    grid = timestep_grid(objective.scheduler.config.num_train_timesteps, timesteps)
-    noise = objective.folded(start_noise(seed, 0, timesteps * noises, store.image_shape).to(device))
+    grid = timestep_grid(objective.scheduler.config.num_train_timesteps, timesteps, below)
+    noise = objective.folded(start_noise(seed, 0, len(grid) * noises, store.image_shape).to(device))
     out = []
     for x0, labels in folded_batches(unet, objective, store, ids, batch_size, on_progress):
         losses = [
             objective.losses(unet, x0, torch.full((len(x0),), int(t), device=device), one.expand_as(x0), labels)
             for t, one in zip(grid.repeat_interleave(noises), noise, strict=True)
         ]
-        out.append(torch.stack(losses, dim=1).unflatten(1, (timesteps, noises)).mean(dim=2).cpu())
+        out.append(torch.stack(losses, dim=1).unflatten(1, (len(grid), noises)).mean(dim=2).cpu())
     return torch.cat(out)
 
 

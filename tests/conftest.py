@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result as CliResult
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 from sklearn.datasets import load_digits
+from typer.testing import CliRunner
 
 from clients.app import app as client_app
+from ret_fl.cli import app
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.diffusion.models import build_unet
@@ -42,6 +45,20 @@ TINY: dict[str, Scalar] = {
     "wait-seconds": 0.1,
 }
 """Digits, a few steps a round: a run takes about a second."""
+
+MEMORIZED: dict[str, Scalar] = TINY | {
+    "data.canaries": 2,
+    "data.canary-repeats": 6,
+    "num-server-rounds": 3,
+    "local-epochs": 4,
+    "samples": 12,
+    "sample-steps": 4,
+    "seed": 5,
+    "keep-checkpoints": 9,
+    "agc.t-max": 1000,
+    "name": "audited",
+}
+"""Canaries among 34 images, every checkpoint kept, an audit at the end."""
 
 PLAIN: dict[str, Scalar] = {"agc.mode": "off", "redistribution.policy": "none", "data.duplicates": "keep"}
 """No mitigation at all: what is left is federated averaging."""
@@ -154,3 +171,14 @@ def run_server(config: RunConfig, out: Path, client: Client = client_app, *, res
         flat |= {"resume": str(out)}
     run_inline(server.app.app, client, flat, config.shards)  # type: ignore[arg-type]
     return RunDir(out)
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run, audited at its end."""
+    return run_server(RunConfig.from_flat(MEMORIZED), tmp_path_factory.mktemp("audited") / "run").path
+
+
+def ret_fl(*arguments: object) -> CliResult:
+    """The command, in this process."""
+    return CliRunner().invoke(app, [str(a) for a in arguments])

@@ -5,47 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
-from conftest import TINY, run_server
+from conftest import TINY, ret_fl, run_server
 from PIL import Image
-from typer.testing import CliRunner
 
+from ret_fl.audit.features import similarity
 from ret_fl.audit.folder import load_audit
-from ret_fl.audit.generate import Generated, load_denoiser
-from ret_fl.audit.run import AuditData, Options, run_audit
+from ret_fl.audit.generate import Generated
+from ret_fl.audit.inputs import AuditData, Options
+from ret_fl.audit.run import run_audit
 from ret_fl.audit.schema import Audit
-from ret_fl.auditing import Drawing, audit_model, checkpoint_models, compare, open_data, unique_names
-from ret_fl.cli import app
-from ret_fl.config import DataConfig, RunConfig
-from ret_fl.data.sources import load_splits
+from ret_fl.auditing import Drawing, audit_folder, audit_model, open_data, own_drawing
+from ret_fl.config import RunConfig
 from ret_fl.data.store import SampleStore
-
-MEMORIZED = TINY | {
-    "data.canaries": 2,
-    "data.canary-repeats": 6,
-    "num-server-rounds": 3,
-    "local-epochs": 4,
-    "samples": 12,
-    "sample-steps": 4,
-    "keep-checkpoints": 9,
-    "agc.t-max": 1000,
-    "name": "audited",
-}
-
-
-def ret_fl(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run, audited at its end."""
-    return run_server(RunConfig.from_flat(MEMORIZED), tmp_path_factory.mktemp("audited") / "run").path
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +86,47 @@ def test_an_audit_comes_back_as_it_was_saved(run_dir: Path, tmp_path: Path) -> N
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-def test_the_command_audits_a_run_again_without_drawing_again(run_dir: Path, tmp_path: Path) -> None:
+def test_the_command_audits_a_run_again_as_at_its_end(run_dir: Path, tmp_path: Path) -> None:
+    """Nothing is drawn again and every number stays, those that hang on the seed, too."""
     copied = tmp_path / "run"
     shutil.copytree(run_dir, copied)
     kept = {p: p.stat().st_mtime_ns for p in (copied / "audit" / "samples").rglob("*.npz")}
     assert kept
-    result = ret_fl("audit", copied, "--samples", 12, "--steps", 4, "--device", "cpu")
+    result = ret_fl("audit", copied, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "report.html" in result.output
     assert {p: p.stat().st_mtime_ns for p in (copied / "audit" / "samples").rglob("*.npz")} == kept
-    assert load_audit(copied)[0].replication == load_audit(run_dir)[0].replication
+    first, again = load_audit(run_dir)[0], load_audit(copied)[0]
+    assert (again.model.samples, again.model.seed, again.model.steps) == (12, 5, 4)
+    assert (again.replication, again.fidelity, again.leakage) == (first.replication, first.fidelity, first.leakage)
+
+
+def test_an_audit_by_other_settings_leaves_the_runs_own_alone(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (run_dir / "audit" / "audit.json").read_bytes()
+    result = ret_fl("audit", run_dir, "--samples", 8, "--no-leakage")
+    assert result.exit_code == 0, result.output
+    audit, _ = load_audit(Path("audits/run"))
+    assert (audit.model.samples, audit.model.seed, audit.model.steps) == (8, 5, 4)
+    assert (run_dir / "audit" / "audit.json").read_bytes() == before
+
+
+def test_only_the_audit_of_its_own_images_and_data_goes_into_a_run(run_dir: Path) -> None:
+    own = own_drawing(run_dir)
+    assert audit_folder(run_dir, own, Options()) == run_dir / "audit"
+    assert audit_folder(run_dir, own, Options(members=10), str(run_dir)) == run_dir / "audit"
+    for drawing, options, sets in (
+        (replace(own, seed=6), Options(), ()),
+        (replace(own, image_size=16), Options(), ()),
+        (own, Options(threshold=0.5), ()),
+        (own, Options(), ("digits",)),
+        (own, Options(), (None, "others.npy")),
+        (own, Options(), (None, None, "others.npy")),
+    ):
+        assert audit_folder(run_dir, drawing, options, *sets) == Path("audits/run")
+    assert audit_folder(run_dir / "final", Drawing(), Options()) == Path("audits/final")
 
 
 def test_ready_images_are_audited_against_a_folder(digits: AuditData, tmp_path: Path) -> None:
@@ -139,34 +147,6 @@ def test_ready_images_are_audited_against_a_folder(digits: AuditData, tmp_path: 
     assert "80" in result.output
 
 
-def test_several_models_stand_side_by_side(run_dir: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(run_dir / "final", other)
-    out = tmp_path / "out"
-    result = ret_fl("audit", run_dir, other, "--baseline", other, "--early-stop", run_dir, "--samples", 12,
-                    "--steps", 2, "--out", out)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "no clear difference" in result.output
-    first, _ = load_audit(out / run_dir.name)
-    second, _ = load_audit(out / "other")
-    assert first.replication == second.replication  # the same weights
-    assert (out / "plane.png").stat().st_size > 10_000
-    assert "early" in (out / run_dir.name / "report.html").read_text().lower()
-    both = ret_fl(
-        "report", out / run_dir.name, out / "other", "--baseline", out / "other", "--out", tmp_path / "b.html"
-    )
-    assert both.exit_code == 0, both.output
-    assert "other" in (tmp_path / "b.html").read_text()
-
-
-def test_every_checkpoint_is_a_model_of_less_training(run_dir: Path, tmp_path: Path) -> None:
-    models = checkpoint_models(run_dir, tmp_path)
-    assert [m.name for m in models] == [f"run, round {r}" for r in (1, 2, 3)]
-    data = open_data(run_dir)
-    audits, _ = compare(models[:1], data, tmp_path / "out", early_stop=models[1:], drawing=Drawing(12, steps=2))
-    assert [a.model.name for a in audits] == ["run, round 1"]
-
-
 def test_a_run_on_other_data_says_so_and_keeps_its_groups_to_itself(run_dir: Path, tmp_path: Path) -> None:
     audit = audit_model(run_dir, "digits", out=tmp_path, drawing=Drawing(samples=8, steps=2))
     assert any("trained on other images" in w for w in audit.warnings)
@@ -178,17 +158,6 @@ def test_a_model_of_another_size_is_not_asked_for_losses(run_dir: Path, tmp_path
     audit = audit_model(run_dir / "final", "glyphs", out=tmp_path, drawing=Drawing(samples=8, steps=2, image_size=16))
     assert audit.leakage is None
     assert any("leakage left out" in w for w in audit.warnings)
-
-
-def test_canaries_weigh_no_more_among_members_than_in_the_data(run_dir: Path) -> None:
-    data = open_data(run_dir)
-    denoiser = load_denoiser(run_dir, "cpu")
-    generated = ready(data.train.unit(np.arange(8)))
-    audit, _ = run_audit(run_dir, generated, data, denoiser=denoiser, options=Options(members=10))
-    assert audit.leakage is not None
-    assert [a.members for a in audit.leakage.membership] == [10, 10]
-    assert audit.leakage.exposure is not None
-    assert len(audit.leakage.exposure.exposures) == 2
 
 
 def test_a_run_resumed_without_samples_keeps_no_old_audit(run_dir: Path, tmp_path: Path) -> None:
@@ -230,12 +199,23 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
         ["held_out shares 24 images with reference"],
     ),
     "ready images without data": (lambda run, tmp: [tmp / "new.npy"], ["--data"]),
+    "an image model that is not there": (lambda run, tmp: [run, "--features", tmp / "sscd.pt"], ["no image model"]),
+    "an image model for other inputs": (lambda run, tmp: [run, "--features", tmp / "four.pt"], ["four refuses inputs"]),
+    "images too small for an image model": (
+        lambda run, tmp: [tmp / "small.npy", "--data", tmp / "small.npy", "--features", tmp / "four.pt"],
+        ["H and W >= 8"],
+    ),
+    "a reference of another size": (
+        lambda run, tmp: [run, "--reference", tmp / "small.npy"],
+        ["reference images are 1x6x6", "--image-size"],
+    ),
     "a device that is not there": (lambda run, tmp: [run, "--device", "cuda:99"], ["cuda:99"]),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_an_audit_that_cannot_be_made_says_why(
+def test_an_audit_that_cannot_be_made_says_why_before_anything_is_drawn(
     run_dir: Path, tmp_path: Path, arguments: Callable[[Path, Path], list[object]], words: list[str]
 ) -> None:
     folder = tmp_path / "empty"
@@ -243,6 +223,8 @@ def test_an_audit_that_cannot_be_made_says_why(
     real = open_data(run_dir)
     np.save(folder / "train.npy", real.train.pixels().numpy())
     np.save(folder / "new.npy", real.held_out.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
+    np.save(folder / "small.npy", np.arange(30 * 36, dtype=np.uint8).reshape(30, 6, 6))
+    torch.jit.script(torch.nn.Conv2d(4, 4, 1)).save(folder / "four.pt")
     if words == ["no PNG"]:
         for file in folder.iterdir():
             file.unlink()
@@ -252,7 +234,7 @@ def test_an_audit_that_cannot_be_made_says_why(
     assert "Traceback" not in result.output
     for word in words:
         assert word in result.stderr
-    assert not (tmp_path / "out" / "audit.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # --- the library ------------------------------------------------------------------------------------------------
@@ -290,24 +272,63 @@ def test_the_python_of_the_readme_audits_a_model(run_dir: Path, tmp_path: Path) 
     assert audit.training is None
 
 
-def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
-    from ret_fl.audit.run import _duplicates
-
-    data = load_splits(DataConfig(limit=40, canaries=1, canary_repeats=5)).train
-    assert len(data) == 44
-    canary = int(np.argsort(np.unique(data.content_hashes, return_counts=True)[1])[-1])
-    hash_of = np.unique(data.content_hashes)[canary]
-    rows = np.flatnonzero(data.content_hashes == hash_of)
-    measured = torch.from_numpy(np.sort(np.r_[rows[0], np.setdiff1d(np.arange(40), rows)[:20]]))
-    losses = torch.full((len(measured), 4), 0.1) + 0.01 * torch.rand(len(measured), 4)
-    losses[measured == rows[0]] = 0.001
-    found = _duplicates(data, measured, losses, torch.tensor([50, 150, 250, 350]), 400)
-    assert [(s.train, s.copies) for s in found.suspects] == [(rows[0], 5)]
+def halves(digits: AuditData, folder: Path) -> tuple[Path, Path]:
+    """60 training and 60 other images, as .npy files."""
+    for name in ("train", "others"):
+        ids = np.arange(60) + 60 * (name == "others")
+        np.save(folder / f"{name}.npy", digits.train.pixels(ids).numpy())
+    return folder / "train.npy", folder / "others.npy"
 
 
-def test_names_are_as_long_as_it_takes_to_tell_them_apart() -> None:
-    assert unique_names([Path("/a/b/final"), Path("/a/c/final")]) == ["b/final", "c/final"]
-    assert unique_names([Path("/a/b"), Path("/a/c/final"), Path("/a/d/final")]) == ["b", "c/final", "d/final"]
+def test_a_reference_no_larger_than_the_training_set_gives_a_floor(digits: AuditData, tmp_path: Path) -> None:
+    train, others = halves(digits, tmp_path)
+    data = open_data(train, others)
+    assert data.reference is not None and data.held_out is not None
+    assert (len(data.reference), len(data.held_out)) == (48, 12)
+    assert not np.intersect1d(data.reference.content_hashes, data.held_out.content_hashes).size
+    audit, _ = run_audit(tmp_path, ready(data.train.unit(np.arange(20))), data)
+    assert audit.replication.copy_rates[0].floor is not None
+    assert any("equal size" in w for w in audit.warnings)
+
+
+def test_a_reference_beside_held_out_images_is_taken_whole(digits: AuditData, tmp_path: Path) -> None:
+    assert digits.reference is not None
+    train, others = halves(digits, tmp_path)
+    np.save(tmp_path / "more.npy", digits.reference.pixels(np.arange(30)).numpy())
+    data = open_data(train, others, tmp_path / "more.npy")
+    assert data.reference is not None and data.held_out is not None
+    assert (len(data.reference), len(data.held_out)) == (60, 30)
+
+
+def test_a_folder_is_preferred_to_a_built_in_source_of_its_name(
+    digits: AuditData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(open_data("digits").train) == len(digits.train)
+    Path("digits").mkdir()
+    Image.fromarray(digits.train.pixels(np.arange(1))[0, 0].numpy()).save("digits/one.png")
+    assert len(open_data("digits").train) == 1
+
+
+class Counting:
+    """Features that are pixels, and how many images they were asked for."""
+
+    name = "counting"
+    seen = 0
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        return images.flatten(1).float()
+
+
+def test_an_image_model_sees_every_image_once(digits: AuditData) -> None:
+    held_out = digits.reference.subset(np.arange(60))  # type: ignore[union-attr]
+    data = AuditData("digits", digits.train.subset(np.array([*range(80), 3, 3])), None, held_out)
+    model, generated = Counting(), digits.train.unit(np.arange(100, 170))
+    audit, _ = run_audit(Path("x"), ready(generated), data, feature_models=[model])
+    assert model.seen == 80 + 60 + 70
+    own, train, floor = (s.flatten(1).float() for s in (generated, data.train.pixels(), held_out.pixels()))
+    assert audit.similarity == [similarity(own, train, floor, name="counting")]
 
 
 def test_a_store_of_one_size_only(digits: AuditData) -> None:

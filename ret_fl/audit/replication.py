@@ -541,7 +541,7 @@ def _reference_set(reference: Images, train: _RealSet) -> _RealSet:
     if len(train) != len(other):
         warnings.warn(
             f"train has {len(train)} distinct images, reference {len(other)}: the calibrated ratio is only unbiased "
-            "for sets of equal size",
+            "for sets of equal size (a smaller reference raises copy rate and floor, so give more images if you can)",
             stacklevel=3,
         )
     return other

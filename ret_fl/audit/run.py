@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ret_fl.audit import schema
-from ret_fl.audit.distances import MEMORY_MB
+from ret_fl.audit.attacks import Stage, attack, takes
+from ret_fl.audit.distances import Images
 from ret_fl.audit.features import FeatureModel, fidelity, similarity
 from ret_fl.audit.fidelity import MIN_SIDE, FeatureClassifier, train_classifier
 from ret_fl.audit.generate import Denoiser, Generated
-from ret_fl.audit.leakage import exposure, membership, pia_scores, suspected_duplicates
+from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, evenly_spread
 from ret_fl.audit.replication import replication
 from ret_fl.audit.report import Pictures
 from ret_fl.data.store import SampleStore
-from ret_fl.diffusion.objective import Objective
-from ret_fl.diffusion.sampling import noise_shape
-from ret_fl.evaluation import loss_grid, timestep_grid
 from ret_fl.files import user_cache
 from ret_fl.pictures import Pairs
 
@@ -34,57 +31,6 @@ FEWEST = 4
 """Images a set needs for precision and recall, whose radius is that of the third neighbour."""
 CLASSIFIED = 10_000
 """Real images the feature classifier is trained on, at most."""
-GRID = 10
-"""Timesteps of the loss grid."""
-
-Stage = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class AuditData:
-    """The real images of an audit; their sizes must be those of the generated ones.
-
-    source: what the report calls them. train: what the model was trained on, repeats included. reference: as many
-    distinct real images never trained on, to calibrate the copy rate. held_out: further such images, for floors and
-    quality. canaries: int64 [n, repeats], the rows of `train` that hold each image repeated on purpose. one_split:
-    whether all sets come from one source, whose classes have the same numbers in each.
-    """
-
-    source: str
-    train: SampleStore
-    reference: SampleStore | None = None
-    held_out: SampleStore | None = None
-    canaries: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
-    one_split: bool = False
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an audit measures.
-
-    threshold: calibrated ratio below which a sample is a copy. k: neighbours of MQ and Carlini's ratio; None: 50, or
-    all training images where they are fewer. members: images of each side in membership inference, at most.
-    """
-
-    threshold: float = 0.3
-    k: int | None = None
-    members: int = 2000
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    memory_mb: int = MEMORY_MB
-
-
-@dataclass(frozen=True)
-class Background:
-    """What is known of the model's training beside its weights; nothing for a model from elsewhere.
-
-    groups: sample IDs (int64) by what training made of them, for the histograms of losses. rows: of metrics.jsonl.
-    """
-
-    training: schema.Training | None = None
-    groups: Mapping[str, np.ndarray] = field(default_factory=dict)
-    rows: Sequence[dict[str, Any]] = ()
-    skip_by_timestep: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def run_audit(
@@ -118,7 +64,7 @@ def run_audit(
         ValueError: images of the sets differ in shape, or as in `replication`.
     """
     options = options or Options()
-    _require_same_shape(generated, data)
+    require_same_shape(data, tuple(generated.images.shape[1:]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         known = background()
@@ -138,21 +84,22 @@ def run_audit(
         qualities: list[schema.Fidelity] = []
         similarities: list[schema.Similarity] = []
         classifier = _classifier(data, on_stage)
-        for model in [*([classifier] if classifier else []), *feature_models]:
+        models: list[FeatureModel] = [_Remembering(model) for model in feature_models]
+        for model in [*([classifier] if classifier else []), *models]:
             on_stage(f"quality in features of {model.name}")
-            if min(len(_distinct(data.train)), len(generated.images)) < FEWEST:
+            if min(len(distinct_rows(data.train)), len(generated.images)) < FEWEST:
                 warnings.warn(f"no quality measured: it needs {FEWEST} samples and training images", stacklevel=1)
                 break
             qualities.append(fidelity(model, generated.images, held_out, train, seed=options.seed))
-        for model in feature_models:
+        for model in models:
             on_stage(f"similarity in features of {model.name}")
             floor = None if held_out is None else model.features(held_out)
             own, trained = model.features(generated.images), model.features(train)
             similarities.append(similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb))
         leakage: schema.Leakage | None = None
         losses: dict[str, np.ndarray] = {}
-        if denoiser and _takes(denoiser, data):
-            leakage, losses = _leakage(denoiser, data, known, options, on_stage)
+        if denoiser and takes(denoiser, data):
+            leakage, losses = attack(denoiser, data, known, options, on_stage)
     audit = schema.Audit(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("ret-fl", "torch", "diffusers")}
@@ -186,6 +133,23 @@ def run_audit(
     return audit, pictures
 
 
+class _Remembering:
+    """A feature model that looks at every image once, in however many sets and scores it stands."""
+
+    def __init__(self, model: FeatureModel) -> None:
+        self._model, self.name = model, model.name
+        self._known: dict[bytes, Tensor] = {}
+
+    def features(self, images: Images) -> Tensor:
+        """As the model's own."""
+        rows = torch.as_tensor(images)
+        keys = [hashlib.sha256(row.numpy()).digest() for row in rows.contiguous()]
+        new = {key: i for i, key in enumerate(keys) if key not in self._known}
+        if new:
+            self._known.update(zip(new, self._model.features(rows[list(new.values())]), strict=True))
+        return torch.stack([self._known[key] for key in keys])
+
+
 def _closest(generated: Generated, data: AuditData, worst: Sequence[schema.WorstCopy]) -> Pairs:
     ratio = torch.tensor([torch.nan if w.ratio is None else w.ratio for w in worst])
     originals = data.train.unit(np.array([w.train for w in worst], np.int64))
@@ -196,14 +160,14 @@ def _pixels(store: SampleStore | None) -> Tensor | None:
     return store.pixels() if store is not None and len(store) else None
 
 
-def _require_same_shape(generated: Generated, data: AuditData) -> None:
+def require_same_shape(data: AuditData, generated: tuple[int, ...] | None = None) -> None:
+    """Refuse images of several sizes. generated: the samples' (C, H, W), None if not known yet. Raises `ValueError`."""
     wanted = data.train.image_shape
-    named = {"generated images": tuple(generated.images.shape[1:])}
-    named |= {n: s.image_shape for n, s in (("reference", data.reference), ("held-out", data.held_out)) if s}
-    for name, shape in named.items():
+    named = {n: s.image_shape for n, s in (("reference", data.reference), ("held-out", data.held_out)) if s}
+    for name, shape in (({"generated": generated} if generated else {}) | named).items():
         if shape != wanted:
             raise ValueError(
-                f"{name} are {'x'.join(map(str, shape))} (channels, height, width), the training images "
+                f"{name} images are {'x'.join(map(str, shape))} (channels, height, width), the training images "
                 f"{'x'.join(map(str, wanted))}: bring all to one size by --image-size and --channels"
             )
 
@@ -214,17 +178,12 @@ def _data_info(data: AuditData) -> schema.DataInfo:
         source=data.source,
         image_shape=data.train.image_shape,
         train=len(data.train),
-        distinct=len(np.unique(data.train.content_hashes)),
+        distinct=len(distinct_rows(data.train)),
         reference=len(data.reference) if data.reference else 0,
         held_out=len(data.held_out) if data.held_out else 0,
         canaries=canaries,
         canary_repeats=repeats,
     )
-
-
-def _distinct(store: SampleStore) -> np.ndarray:
-    """int64: the first row of every distinct image, ascending."""
-    return np.sort(np.unique(store.content_hashes, return_index=True)[1])
 
 
 def _classifier(data: AuditData, on_stage: Stage) -> FeatureClassifier | None:
@@ -234,92 +193,11 @@ def _classifier(data: AuditData, on_stage: Stage) -> FeatureClassifier | None:
     # images of another origin number their classes in their own way
     every_set = (data.train, data.reference, data.held_out) if data.one_split else (data.train,)
     stores = [s for s in every_set if s is not None and s.labels is not None]
-    images = torch.cat([s.pixels(_distinct(s)) for s in stores])
-    labels = torch.cat([s.labels[torch.from_numpy(_distinct(s))] for s in stores if s.labels is not None])
+    images = torch.cat([s.pixels(distinct_rows(s)) for s in stores])
+    labels = torch.cat([s.labels[torch.from_numpy(distinct_rows(s))] for s in stores if s.labels is not None])
     if len(labels.unique()) < 2:
         return None
     on_stage("a classifier of the data, for its features")
-    every = _spread(len(images), CLASSIFIED)
+    every = evenly_spread(len(images), CLASSIFIED)
     cache = user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{len(images)}.safetensors"
     return train_classifier(images[every], labels[every], data.train.num_classes, path=cache)
-
-
-def _spread(count: int, most: int) -> Tensor:
-    """int64: at most `most` of 0..count-1, evenly spread."""
-    return torch.from_numpy(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-
-
-def _takes(denoiser: Denoiser, data: AuditData) -> bool:
-    """Whether a model's losses can be asked for on these images; a warning says why not."""
-    unet, _, fold = denoiser
-    channels, height, width = noise_shape(unet)
-    shape = (channels // fold**2, height * fold, width * fold)
-    if shape != data.train.image_shape:
-        own, given = ("x".join(map(str, s)) for s in (shape, data.train.image_shape))
-        warnings.warn(f"leakage left out: the model works on {own}, the images are {given}", stacklevel=2)
-        return False
-    classes = unet.config.num_class_embeds
-    unlabelled = any(s is not None and s.labels is None for s in (data.train, data.reference, data.held_out))
-    if classes and (unlabelled or data.train.num_classes > classes):
-        warnings.warn(f"leakage left out: the model wants the labels of its {classes} classes", stacklevel=2)
-        return False
-    return True
-
-
-def _leakage(
-    denoiser: Denoiser, data: AuditData, background: Background, options: Options, on_stage: Stage
-) -> tuple[schema.Leakage, dict[str, np.ndarray]]:
-    """Leakage, and losses of the training images by group."""
-    on_stage("leakage: losses of training images")
-    unet, scheduler, fold = denoiser
-    objective = Objective(scheduler, torch.device(options.device), fold=fold)
-    timesteps = timestep_grid(scheduler.config.num_train_timesteps, GRID)
-
-    def grid(store: SampleStore, ids: Tensor) -> Tensor:
-        return loss_grid(unet, objective, store, ids, timesteps=GRID, seed=options.seed)
-
-    canary_rows = np.ascontiguousarray(data.canaries[:, 0]) if len(data.canaries) else np.empty(0, np.int64)
-    distinct = torch.from_numpy(_distinct(data.train))
-    chosen = distinct[_spread(len(distinct), options.members)]
-    measured = torch.unique(torch.cat([chosen, torch.from_numpy(canary_rows)]))
-    losses = grid(data.train, measured)
-    scores = losses.mean(1)
-    # canaries beyond the chosen few would weigh more among them than in the data
-    fair = torch.isin(measured, chosen)
-    unseen = [s for s in (data.held_out, data.reference) if s is not None and len(s)]
-    attacks, exposed = [], None
-    if unseen:
-        on_stage("leakage: losses of images never trained on")
-        everything = [(s, torch.arange(len(s))) for s in unseen]
-        each = options.members // len(unseen)
-        picked = [(s, ids[_spread(len(ids), each)]) for s, ids in everything]
-        unseen_scores = torch.cat([grid(s, ids).mean(1) for s, ids in picked])
-        attacks.append(membership(scores[fair], unseen_scores, "loss", seed=options.seed))
-        on_stage("leakage: membership by PIA")
-        step = scheduler.config.num_train_timesteps // 5
-        members = pia_scores(unet, objective, data.train, measured[fair], t=step)
-        non_members = torch.cat([pia_scores(unet, objective, s, ids, t=step) for s, ids in picked])
-        attacks.append(membership(members, non_members, "pia", seed=options.seed))
-        if len(canary_rows):
-            exposed = exposure(scores[torch.searchsorted(measured, torch.from_numpy(canary_rows))], unseen_scores)
-    duplicates = _duplicates(data.train, measured, losses, timesteps, 2 * scheduler.config.num_train_timesteps // 5)
-    groups = {
-        name: scores[torch.isin(measured, torch.from_numpy(ids))].numpy() for name, ids in background.groups.items()
-    }
-    if not groups:
-        groups = {"training": scores.numpy()} | ({"never trained on": unseen_scores.numpy()} if unseen else {})
-    return schema.Leakage(membership=attacks, exposure=exposed, duplicates=duplicates), groups
-
-
-def _duplicates(
-    train: SampleStore, measured: Tensor, losses: Tensor, timesteps: Tensor, t_max: int
-) -> schema.Duplicates:
-    """`suspected_duplicates` among the images of the `measured` rows, every copy of them counted."""
-    hashes = train.content_hashes
-    by_content = np.argsort(hashes[measured.numpy()])
-    sorted_hashes = hashes[measured.numpy()][by_content]
-    place = np.searchsorted(sorted_hashes, hashes).clip(max=len(measured) - 1)
-    rows = np.flatnonzero(sorted_hashes[place] == hashes)
-    found = suspected_duplicates(losses[by_content[place[rows]]], timesteps, hashes[rows], t_max=t_max)
-    named = [s.model_copy(update={"train": int(rows[s.train])}) for s in found.suspects]
-    return found.model_copy(update={"suspects": named})

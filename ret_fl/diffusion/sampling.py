@@ -35,6 +35,12 @@ def noise_shape(unet: ModelMixin) -> tuple[int, int, int]:
     return unet.config.in_channels, height, width
 
 
+def image_shape(unet: ModelMixin, fold: int) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a U-Net that works on them folded by `fold`; raises as `noise_shape`."""
+    channels, height, width = noise_shape(unet)
+    return channels // fold**2, height * fold, width * fold
+
+
 @torch.no_grad()
 def draw_images(
     unet: UNet2DModel,
@@ -74,7 +80,7 @@ def draw_images(
         done.append(((images.float() + 1) / 2).clamp(0, 1).cpu())
         if on_progress:
             on_progress(start + size - first)
-    return torch.cat(done) if done else torch.empty(0, shape[0] // fold**2, shape[1] * fold, shape[2] * fold)
+    return torch.cat(done) if done else torch.empty(0, *image_shape(unet, fold))
 
 
 def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler, fold: int) -> None:

@@ -1,0 +1,72 @@
+"""What an audit is given: real images, how to measure, and what is known of the model's training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ret_fl.audit import schema
+from ret_fl.audit.distances import MEMORY_MB
+from ret_fl.data.store import SampleStore
+
+
+@dataclass(frozen=True)
+class AuditData:
+    """The real images of an audit; their sizes must be those of the generated ones.
+
+    source: what the report calls them. train: what the model was trained on, repeats included. reference: as many
+    distinct real images never trained on, to calibrate the copy rate. held_out: further such images, for floors and
+    quality. canaries: int64 [n, repeats], the rows of `train` that hold each image repeated on purpose. one_split:
+    whether all sets come from one source, whose classes have the same numbers in each.
+    """
+
+    source: str
+    train: SampleStore
+    reference: SampleStore | None = None
+    held_out: SampleStore | None = None
+    canaries: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    one_split: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an audit measures.
+
+    threshold: calibrated ratio below which a sample is a copy. k: neighbours of MQ and Carlini's ratio; None: 50, or
+    all training images where they are fewer. members: images of each side in membership inference, at most.
+    """
+
+    threshold: float = 0.3
+    k: int | None = None
+    members: int = 2000
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    memory_mb: int = MEMORY_MB
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is known of the model's training beside its weights; nothing for a model from elsewhere.
+
+    groups: sample IDs (int64) by what training made of them, for the histograms of losses. rows: of metrics.jsonl.
+    """
+
+    training: schema.Training | None = None
+    groups: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rows: Sequence[dict[str, Any]] = ()
+    skip_by_timestep: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def distinct_rows(store: SampleStore) -> np.ndarray:
+    """int64: the first row of every distinct image, ascending."""
+    return np.sort(np.unique(store.content_hashes, return_index=True)[1])
+
+
+def evenly_spread(count: int, most: int) -> Tensor:
+    """int64: at most `most` of 0..count-1, evenly spread."""
+    return torch.from_numpy(np.linspace(0, count - 1, min(count, most)).astype(np.int64))

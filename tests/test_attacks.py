@@ -1,0 +1,114 @@
+"""A model's losses on an audit's images: who is measured, and what the numbers are worth."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from ret_fl.audit.attacks import _duplicates, attack, takes
+from ret_fl.audit.generate import load_denoiser
+from ret_fl.audit.inputs import AuditData, Background, Options
+from ret_fl.auditing import open_data
+from ret_fl.config import DataConfig, DiffusionConfig, ModelConfig
+from ret_fl.data.sources import load_splits
+from ret_fl.data.store import SampleStore
+from ret_fl.diffusion.models import build_unet
+from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.diffusion.sampling import save_pipeline
+
+SINGLE, REPEATED, COPIES = 55, 5, 10
+
+
+def silent(stage: str) -> None:
+    """Nobody wants to know."""
+
+
+def trained(store: SampleStore, steps: int) -> UNet2DModel:
+    """A small U-Net after some steps on a store's images."""
+    unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), store.image_shape, 0, 0).train()
+    objective = Objective(make_scheduler(DiffusionConfig()), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        x0, _ = store.fetch(torch.randint(len(store), (32,)))
+        t, noise = objective.draw(x0)
+        optimizer.zero_grad()
+        objective.losses(unet, x0, t, noise, None).mean().backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+    return unet
+
+
+def test_repeated_images_stand_apart_by_their_losses() -> None:
+    """All of them and no other; the four low-noise timesteps of the membership grid would tell three of the five."""
+    images = load_splits(DataConfig(limit=SINGLE + REPEATED)).train
+    rows = np.concatenate([np.arange(SINGLE + REPEATED), np.repeat(np.arange(REPEATED), COPIES - 1)])
+    data = AuditData("digits", images.subset(rows))
+    denoiser = (trained(data.train, 300), make_scheduler(DiffusionConfig()), 1)
+    leakage, _ = attack(denoiser, data, Background(), Options(), silent)
+    assert leakage.duplicates is not None
+    assert (leakage.duplicates.precision, leakage.duplicates.recall) == (1, 1)
+    assert sorted(s.train for s in leakage.duplicates.suspects) == [*range(REPEATED)]
+    assert {s.copies for s in leakage.duplicates.suspects} == {COPIES}
+
+
+@pytest.mark.parametrize(("fold", "conditional"), [(1, True), (2, False), (2, True)])
+def test_folded_and_class_conditional_models_are_attacked(fold: int, conditional: bool, tmp_path: Path) -> None:
+    splits = load_splits(DataConfig(limit=24, canaries=1))
+    config = ModelConfig(preset="tiny", pixel_unshuffle=fold, class_conditional=conditional)
+    unet = build_unet(config, splits.train.image_shape, splits.train.num_classes, 0)
+    save_pipeline(tmp_path, unet, make_scheduler(DiffusionConfig()), fold)
+    denoiser = load_denoiser(tmp_path, "cpu")
+    data = AuditData("digits", splits.train, splits.reference, splits.held_out, splits.canaries)
+    assert denoiser is not None
+    assert takes(denoiser, data)
+    leakage, losses = attack(denoiser, data, Background(), Options(members=30), silent)
+    assert leakage.exposure is not None and leakage.duplicates is not None
+    rates = [i for m in leakage.membership for i in (m.auc, m.tpr_at_1_percent, m.tpr_at_01_percent)]
+    numbers = [n for i in rates for n in (i.value, i.low, i.high)] + leakage.exposure.exposures
+    assert len(numbers) == 2 * 9 + 1
+    assert all(map(math.isfinite, numbers))
+    assert all(np.isfinite(values).all() and len(values) for values in losses.values())
+
+
+def test_labels_reach_a_class_conditional_model() -> None:
+    """Its losses on the same images are others under other labels."""
+    images = load_splits(DataConfig(limit=24)).train
+    assert images.labels is not None
+    moved = SampleStore(images.pixels(), (images.labels + 1) % 10, 10)
+    unet = build_unet(ModelConfig(preset="tiny", class_conditional=True), images.image_shape, 10, 0)
+    denoiser = (unet, make_scheduler(DiffusionConfig()), 1)
+    own, other = (
+        attack(denoiser, AuditData("digits", store), Background(), Options(), silent)[1]["training"]
+        for store in (images, moved)
+    )
+    assert not np.allclose(own, other)
+
+
+def test_canaries_weigh_no_more_among_members_than_in_the_data(run_dir: Path) -> None:
+    data = open_data(run_dir)
+    denoiser = load_denoiser(run_dir, "cpu")
+    assert denoiser is not None
+    leakage, _ = attack(denoiser, data, Background(), Options(members=10), silent)
+    assert [a.members for a in leakage.membership] == [10, 10]
+    assert leakage.exposure is not None
+    assert len(leakage.exposure.exposures) == 2
+
+
+def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
+    data = load_splits(DataConfig(limit=40, canaries=1, canary_repeats=5)).train
+    assert len(data) == 44
+    canary = int(np.argsort(np.unique(data.content_hashes, return_counts=True)[1])[-1])
+    hash_of = np.unique(data.content_hashes)[canary]
+    rows = np.flatnonzero(data.content_hashes == hash_of)
+    measured = torch.from_numpy(np.sort(np.r_[rows[0], np.setdiff1d(np.arange(40), rows)[:20]]))
+    losses = torch.full((len(measured), 4), 0.1) + 0.01 * torch.rand(len(measured), 4)
+    losses[measured == rows[0]] = 0.001
+    found = _duplicates(data, measured, losses, torch.tensor([50, 150, 250, 350]), 400)
+    assert [(s.train, s.copies) for s in found.suspects] == [(rows[0], 5)]
