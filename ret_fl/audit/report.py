@@ -24,9 +24,11 @@ from torch.nn import functional as F
 
 from ret_fl.audit import plots
 from ret_fl.audit.fidelity import ENOUGH_SAMPLES
+from ret_fl.audit.methods import METHODS, Method
 from ret_fl.audit.plots import headline, plane_figure
 from ret_fl.audit.schema import Audit, CopyRate, Fidelity, Interval, Membership
-from ret_fl.audit.template import METHODS, PAGE, Method
+from ret_fl.audit.stylesheet import STYLE
+from ret_fl.audit.template import PAGE
 from ret_fl.files import write_atomically
 from ret_fl.pictures import Pairs, image_grid
 
@@ -495,6 +497,7 @@ def write_report(
     compared = comparison_rows([audit, *others], baseline)
     page = _environment().from_string(PAGE)
     html = page.render(
+        style=Markup(STYLE),
         audit=audit,
         baseline=baseline,
         finding=finding,
