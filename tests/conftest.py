@@ -62,6 +62,13 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.as_tensor(data.images[order], dtype=torch.float32)[:, None] / 16, torch.as_tensor(data.target[order])
 
 
+@pytest.fixture(scope="session")
+def real(digits: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Digits as an audit takes them: 200 to train on, as many for reference, and the others held out."""
+    images = digits[0]
+    return images[:200], images[200:400], images[400:]
+
+
 @pytest.fixture
 def flower_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """caplog that hears Flower's logger too, which does not propagate."""

@@ -29,7 +29,7 @@ from ret_fl.audit.fidelity import (
     precision_recall,
     unit_images,
 )
-from ret_fl.audit.replication import deduplicate
+from ret_fl.audit.realset import deduplicate
 
 BATCH = 32
 SETTINGS_FILE = "preprocessor_config.json"
