@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from ret_fl.audit import schema
+from ret_fl.audit.classifier import MIN_SIDE, FeatureClassifier, train_classifier
 from ret_fl.audit.copies import replication
 from ret_fl.audit.distances import MEMORY_MB
-from ret_fl.audit.features import FeatureModel, fidelity, similarity
-from ret_fl.audit.fidelity import MIN_SIDE, FeatureClassifier, train_classifier
+from ret_fl.audit.features import FeatureModel
+from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
 from ret_fl.audit.leakage import exposure, membership, pia_scores, suspected_duplicates
 from ret_fl.audit.report import Pictures
+from ret_fl.audit.similarity import similarity
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
 from ret_fl.diffusion.sampling import noise_shape
