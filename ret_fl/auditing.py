@@ -17,8 +17,9 @@ import torch
 from ret_fl.audit import schema
 from ret_fl.audit.features import load_features
 from ret_fl.audit.folder import save_audit
-from ret_fl.audit.generate import Generated, generate, load_denoiser, read_images
+from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.plane import plane_figure
+from ret_fl.audit.ready import read_images
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import AuditData, Background, Options, run_audit
 from ret_fl.checkpoint import checkpoints
