@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
+from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
@@ -60,6 +61,18 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     return torch.as_tensor(data.images[order], dtype=torch.float32)[:, None] / 16, torch.as_tensor(data.target[order])
+
+
+@pytest.fixture(scope="session")
+def stored(digits: tuple[torch.Tensor, torch.Tensor]) -> Callable[..., SampleStore]:
+    """stored(first, count, labels=False): digits first..first+count-1 as a store."""
+
+    def make(first: int, count: int, labels: bool = False) -> SampleStore:
+        images, classes = (part[first : first + count] for part in digits)
+        pixels = (images * 255).round().to(torch.uint8)
+        return SampleStore(pixels, classes, 10) if labels else SampleStore(pixels)
+
+    return make
 
 
 @pytest.fixture(scope="session")
