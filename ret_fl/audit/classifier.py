@@ -5,6 +5,7 @@ on the data at hand. Numbers are comparable only between runs that share the cla
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from ret_fl.audit.distances import Images, one_thread_operations, pixel_rows
 
 FEATURES = 64
 MIN_SIDE = 8
+MAX_SIDE = 64
+"""Larger images are made smaller first: the classifier reads what they show, and its cost grows with their area."""
 BATCH = 64
 EVAL_BATCH = 512
 
 
 class FeatureClassifier(nn.Module):
-    """Convnet for [N, C, H, W] images in [0, 1], H and W >= 8; its last hidden layer (64 wide) are the features."""
+    """Convnet for [N, C, H, W] images in [0, 1], sides in 8..64; its last hidden layer (64 wide) are the features."""
 
     name = "classifier of the data"
 
@@ -44,16 +47,17 @@ class FeatureClassifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:
-        """float32 [N, 64] features of images (float in [0, 1] or uint8), on the CPU."""
+        """float32 [N, 64] features of images (float in [0, 1] or uint8, of any size from 8x8), on the CPU."""
         return torch.cat([self.body(2 * batch - 1).cpu() for batch in self._batches(images)])
 
     @torch.no_grad()
     def probabilities(self, images: Images) -> Tensor:
-        """float32 [N, num_classes] class probabilities of images (float in [0, 1] or uint8), on the CPU."""
+        """float32 [N, num_classes] class probabilities of images as in `features`, on the CPU."""
         return torch.cat([self(batch).softmax(1).cpu() for batch in self._batches(images)])
 
-    def _batches(self, images: Images) -> tuple[Tensor, ...]:
-        return unit_images(images).to(self.head.weight.device).split(EVAL_BATCH)
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        for batch in torch.as_tensor(images).split(EVAL_BATCH):
+            yield unit_images(small_images(batch)).to(self.head.weight.device)
 
 
 def train_classifier(
@@ -64,23 +68,28 @@ def train_classifier(
     seed: int = 0,
     epochs: int = 20,
     path: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FeatureClassifier:
     """Train a `FeatureClassifier`, or load the one that the same call saved before.
 
-    The result depends on the arguments alone (on one machine), never on the global random state.
+    The result depends on the arguments alone (on one machine; on a GPU up to rounding), never on the global random
+    state.
 
     Args:
-        images: [N, C, H, W] real images, float in [0, 1] or uint8.
+        images: [N, C, H, W] real images, float in [0, 1] or uint8; larger ones than 64 pixels are made smaller.
         labels: int [N] in 0..num_classes-1.
         num_classes: at least 2.
         seed: of the initial weights and the order of the batches.
         epochs: passes over the images; 20 take seconds for 1400 digits of 8x8.
         path: safetensors file that caches the weights; rewritten when it was made from other arguments.
+        device: where it is trained and used.
+        on_progress: told how many passes of how many are done.
 
     Raises:
         ValueError: labels that do not match the images or the number of classes, epochs < 1, or bad images.
     """
-    unit, target = unit_images(images), torch.as_tensor(labels).cpu()
+    unit, target = unit_images(small_images(images)), torch.as_tensor(labels).cpu()
     if num_classes < 2 or epochs < 1:
         raise ValueError(f"num_classes must be >= 2 and epochs >= 1, got {num_classes} and {epochs}")
     if target.is_floating_point() or target.shape != (len(unit),):
@@ -88,15 +97,16 @@ def train_classifier(
     if not 0 <= int(target.min()) <= int(target.max()) < num_classes:
         raise ValueError(f"labels must lie in 0..{num_classes - 1}, got {int(target.min())}..{int(target.max())}")
     unit, target = unit.cpu(), target.long()
-    cache, recipe = Path(path) if path is not None else None, _recipe(unit, target, num_classes, seed, epochs)
+    place, cache = torch.device(device), Path(path) if path is not None else None
+    recipe = _recipe(unit, target, num_classes, seed, epochs, place)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:]))
+        model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:])).to(place)
     if cache is not None and _load_cached(model, cache, recipe):
         return model
     # The same weights on any number of cores, and such small layers gain nothing from more.
     with one_thread_operations():
-        _fit(model, unit, target, seed, epochs)
+        _fit(model, unit, target, seed, epochs, on_progress)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_name(cache.name + ".part")
@@ -105,26 +115,36 @@ def train_classifier(
     return model
 
 
-def _fit(model: FeatureClassifier, images: Tensor, labels: Tensor, seed: int, epochs: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+def _fit(
+    model: FeatureClassifier,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    epochs: int,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    generator, device = torch.Generator().manual_seed(seed), model.head.weight.device
     steps = epochs * -(-len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     model.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for rows in torch.randperm(len(images), generator=generator).split(BATCH):
-            loss = F.cross_entropy(model(images[rows]), labels[rows])
+            loss = F.cross_entropy(model(images[rows].to(device)), labels[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+        on_progress(epoch + 1, epochs)
     model.eval().requires_grad_(False)
 
 
-def _recipe(images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int) -> str:
+def _recipe(images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int, device: torch.device) -> str:
     """All that decides the weights, for the cache to be recognised as stale."""
-    data = hashlib.sha256(images.contiguous().numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    return f"data={data} shape={tuple(images.shape)} classes={num_classes} seed={seed} epochs={epochs}"
+    data = hashlib.sha256(images.contiguous().numpy())
+    data.update(labels.numpy())
+    settings = f"classes={num_classes} seed={seed} epochs={epochs} device={device.type}"
+    return f"data={data.hexdigest()} shape={tuple(images.shape)} {settings}"
 
 
 def _load_cached(model: FeatureClassifier, path: Path, recipe: str) -> bool:
@@ -137,6 +157,19 @@ def _load_cached(model: FeatureClassifier, path: Path, recipe: str) -> bool:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
     model.eval().requires_grad_(False)
     return True
+
+
+def small_images(images: Images) -> Tensor:
+    """Images [N, C, H, W], made smaller where a side is above 64; uint8 ones stay uint8."""
+    values = torch.as_tensor(images)
+    if values.ndim != 4 or max(values.shape[2:]) <= MAX_SIDE:
+        return values
+    scale = MAX_SIDE / max(values.shape[2:])
+    size = [min(side, max(MIN_SIDE, round(scale * side))) for side in values.shape[2:]]
+    small = torch.cat(
+        [F.interpolate(part.float(), size, mode="bilinear", antialias=True) for part in values.split(BATCH)]
+    )
+    return small.round().to(torch.uint8) if values.dtype == torch.uint8 else small
 
 
 def unit_images(images: Images) -> Tensor:
