@@ -141,8 +141,8 @@ def _fit(
 
 def _recipe(images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int, device: torch.device) -> str:
     """All that decides the weights, for the cache to be recognised as stale."""
-    data = hashlib.sha256(images.contiguous().numpy())
-    data.update(labels.numpy())
+    data = hashlib.sha256(images.contiguous().numpy().data)
+    data.update(labels.numpy().data)
     settings = f"classes={num_classes} seed={seed} epochs={epochs} device={device.type}"
     return f"data={data.hexdigest()} shape={tuple(images.shape)} {settings}"
 
