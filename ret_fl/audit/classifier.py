@@ -21,6 +21,7 @@ FEATURES = 64
 MIN_SIDE = 8
 MAX_SIDE = 64
 """Larger images are made smaller first: the classifier reads what they show, and its cost grows with their area."""
+FINE_SIDE = 32
 BATCH = 64
 EVAL_BATCH = 512
 
@@ -32,7 +33,10 @@ class FeatureClassifier(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, side: int, width: int = 32) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
+        # A first layer at full size makes training on 64 pixels 4.5 times as slow.
+        stride = 2 if side > FINE_SIDE else 1
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.SiLU()]
+        side = -(-side // stride)
         # Halve until at most 7 pixels are left: positions matter in small images, so they are not pooled away.
         while side >= MIN_SIDE:
             layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.SiLU()]
