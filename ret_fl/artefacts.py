@@ -12,8 +12,9 @@ from flwr.common.logger import log
 from ret_fl import pictures
 from ret_fl.audit.folder import NUMBERS, PAGE, save_audit
 from ret_fl.audit.inputs import Options
-from ret_fl.audit.report import percent, verdict, with_interval
 from ret_fl.audit.schema import Audit
+from ret_fl.audit.verdict import verdict
+from ret_fl.audit.words import percent, with_interval
 from ret_fl.auditing import Drawing, data_of, draw, measure
 from ret_fl.config import RunConfig, describe
 from ret_fl.data.sources import DataSplits

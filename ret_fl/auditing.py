@@ -18,8 +18,9 @@ from ret_fl.audit import schema
 from ret_fl.audit.attacks import Stage
 from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.folder import save_audit
-from ret_fl.audit.generate import Generated, generate, load_denoiser, read_images
+from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
+from ret_fl.audit.ready import read_images
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import require_same_shape, run_audit
 from ret_fl.config import ConfigError, DataConfig, RunConfig, describe

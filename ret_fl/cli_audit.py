@@ -118,7 +118,8 @@ def audit(
         ret-fl audit someones-pipeline --data photos --reference other-photos --image-size 64
     """
     from ret_fl.audit.inputs import Options
-    from ret_fl.audit.report import comparison_table, verdict
+    from ret_fl.audit.tables import comparison_table
+    from ret_fl.audit.verdict import verdict
     from ret_fl.auditing import (
         Drawing,
         audit_folder,
@@ -193,7 +194,9 @@ def report(
 ) -> None:
     """Write report.html again from audits made before, of one or of several side by side. Nothing is measured."""
     from ret_fl.audit.folder import PAGE, find_audit, load_audit
-    from ret_fl.audit.report import comparison_table, verdict, write_report
+    from ret_fl.audit.report import write_report
+    from ret_fl.audit.tables import comparison_table
+    from ret_fl.audit.verdict import verdict
 
     if baseline is not None and baseline not in audits:
         raise stop(f"--baseline {baseline} is not among the audits: name it as one of them, too")

@@ -11,7 +11,7 @@ from ret_fl.audit.attacks import Stage
 from ret_fl.audit.features import load_features
 from ret_fl.audit.folder import save_audit
 from ret_fl.audit.inputs import AuditData, Options
-from ret_fl.audit.plots import plane_figure
+from ret_fl.audit.plane import plane_figure
 from ret_fl.audit.report import Pictures
 from ret_fl.auditing import Drawing, Drawn, check_before_drawing, draw, is_run, measure
 from ret_fl.checkpoint import checkpoints

@@ -108,7 +108,8 @@ def measure(out: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from ret_fl.audit.fidelity import confident_share, frechet_distance, precision_recall, train_classifier
+    from ret_fl.audit.classifier import train_classifier
+    from ret_fl.audit.fidelity import confident_share, frechet_distance, precision_recall
     from ret_fl.audit.replication import copy_report, memorized_quantity, neighbour_ratio
     from ret_fl.data.sources import load_splits
     from ret_fl.rundir import RunDir

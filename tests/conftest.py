@@ -20,6 +20,7 @@ from clients.app import app as client_app
 from ret_fl.cli import app
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
+from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
@@ -77,6 +78,25 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     return torch.as_tensor(data.images[order], dtype=torch.float32)[:, None] / 16, torch.as_tensor(data.target[order])
+
+
+@pytest.fixture(scope="session")
+def stored(digits: tuple[torch.Tensor, torch.Tensor]) -> Callable[..., SampleStore]:
+    """stored(first, count, labels=False): digits first..first+count-1 as a store."""
+
+    def make(first: int, count: int, labels: bool = False) -> SampleStore:
+        images, classes = (part[first : first + count] for part in digits)
+        pixels = (images * 255).round().to(torch.uint8)
+        return SampleStore(pixels, classes, 10) if labels else SampleStore(pixels)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real(digits: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Digits as an audit takes them: 200 to train on, as many for reference, and the others held out."""
+    images = digits[0]
+    return images[:200], images[200:400], images[400:]
 
 
 @pytest.fixture

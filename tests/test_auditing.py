@@ -14,12 +14,12 @@ import torch
 from conftest import TINY, ret_fl, run_server
 from PIL import Image
 
-from ret_fl.audit.features import similarity
 from ret_fl.audit.folder import load_audit
 from ret_fl.audit.generate import Generated
 from ret_fl.audit.inputs import AuditData, Options
 from ret_fl.audit.run import run_audit
 from ret_fl.audit.schema import Audit
+from ret_fl.audit.similarity import similarity
 from ret_fl.auditing import Drawing, audit_folder, audit_model, open_data, own_drawing
 from ret_fl.config import RunConfig
 from ret_fl.data.store import SampleStore

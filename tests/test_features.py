@@ -1,146 +1,18 @@
-"""Image models see what their own preprocessing would show them; similarity and fidelity equal their definitions."""
+"""Image models give the features that they give without us."""
 
-import json
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from image_models import FakeInception, pictures, save_script, write_settings
 from PIL import Image
 from torch import Tensor, nn
 
-from ret_fl.audit.features import FeatureModel, Preprocessing, fidelity, find_inception, load_features, similarity
-from ret_fl.audit.fidelity import (
-    confident_share,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    train_classifier,
-)
-
-MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
-CLIP_SETTINGS = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": 36},
-    "do_center_crop": True,
-    "crop_size": {"height": 32, "width": 32},
-    "do_normalize": True,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "image_mean": MEAN,
-    "image_std": STD,
-    "resample": 3,
-}
-
-
-def pictures(count: int, channels: int = 3, height: int = 48, width: int = 40, seed: int = 0) -> Tensor:
-    """uint8 images with sharp edges, gradients, some noise, and parts that are black or white."""
-    generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    tilt = torch.rand(count, channels, 1, 1, generator=generator)
-    smooth = tilt * x + (1 - tilt) * y + 0.1 * torch.rand(count, channels, height, width, generator=generator)
-    edge = (x > torch.rand(count, 1, 1, 1, generator=generator)).float()
-    return (255 * (0.8 * smooth + 0.8 * edge - 0.3).clamp(0, 1)).to(torch.uint8)
-
-
-def pil_input(image: Tensor, size: tuple[int, int], crop: tuple[int, int], resample: Image.Resampling) -> Tensor:
-    """The textbook way: PIL's resize to (height, width), centre crop, normalise; float32 [3, h, w]."""
-    resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], resample)
-    top, left = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
-    cut = np.asarray(resized)[top : top + crop[0], left : left + crop[1]] / 255
-    return torch.tensor((cut - MEAN) / STD, dtype=torch.float32).permute(2, 0, 1)
-
-
-def write_settings(folder: Path, **changes: Any) -> Path:
-    path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps(CLIP_SETTINGS | changes))
-    return path
-
-
-# Preprocessing
-
-
-@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
-@pytest.mark.parametrize("side", [36, 90])
-def test_preprocessing_equals_pil_when_shrinking_and_enlarging(
-    tmp_path: Path, resample: Image.Resampling, side: int
-) -> None:
-    images = pictures(3)
-    prepare = Preprocessing.from_file(write_settings(tmp_path, size={"shortest_edge": side}, resample=int(resample)))
-    expected = torch.stack([pil_input(i, (int(side * 48 / 40), side), (32, 32), resample) for i in images])
-    # PIL rounds to 8 bits after each of its two passes.
-    torch.testing.assert_close(prepare(images / 255), expected, atol=1.5 / 255 / min(STD), rtol=0)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"size": {"height": 50, "width": 34}},
-        {"size": 36, "crop_size": 30},
-        {"do_center_crop": False},
-        {"do_resize": False},
-        {"do_normalize": False},
-        {"do_rescale": False},
-        {"rescale_factor": 1 / 127.5},
-    ],
-)
-def test_preprocessing_equals_the_processor_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    transformers = pytest.importorskip("transformers")
-    images = pictures(3)
-    prepare = Preprocessing.from_file(write_settings(tmp_path, **changes))
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil", local_files_only=True)
-    expected = processor(list(images.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-    scale = 255 if changes.get("do_rescale") is False else 2
-    torch.testing.assert_close(prepare(images / 255), expected.float(), atol=scale * 1.5 / 255 / min(STD), rtol=1e-4)
-
-
-def test_without_a_crop_an_integer_size_is_both_sides_as_in_old_vit_files(tmp_path: Path) -> None:
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({"size": 24, "image_mean": 0.5, "image_std": 0.5, "resample": 2}))
-    inputs = Preprocessing.from_file(path)(pictures(2) / 255)
-    assert inputs.shape == (2, 3, 24, 24)
-    assert inputs.min() >= -1
-    assert inputs.max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"resample": 1}, r"resample must be 2 \(bilinear\) or 3 \(bicubic\), got 1"),
-        ({"size": {"longest_edge": 40}}, "size must be a positive integer"),
-        ({"size": {"shortest_edge": 0}}, "size must be a positive integer"),
-        ({"crop_size": None}, "do_center_crop is on, but crop_size is missing"),
-        ({"image_std": None}, "image_std must be 3 numbers"),
-        ({"image_std": [1, 1, 0]}, "above 0"),
-        ({"crop_pct": 0.875}, "asks for crop_pct"),
-        ({"rescale_offset": True}, "asks for rescale_offset"),
-    ],
-)
-def test_settings_that_cannot_be_followed_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Preprocessing.from_file(write_settings(tmp_path, **changes))
-
-
-def test_settings_that_are_no_json_object_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="one JSON object"):
-        Preprocessing.from_file(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="cannot read"):
-        Preprocessing.from_file(path)
-
-
-# transformers folders
-
+from ret_fl.audit.features import find_inception, load_features
 
 VISION = {
     "hidden_size": 16,
@@ -274,9 +146,6 @@ def test_inputs_of_the_wrong_size_name_the_file_to_change(folders: dict[str, Pat
         load_features(str(tmp_path)).features(pictures(2, height=20, width=20))
 
 
-# TorchScript
-
-
 class Moments(nn.Module):
     """Mean and deviation of every channel, and the input's size: easily computed by hand."""
 
@@ -304,21 +173,6 @@ class Broken(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.mean((2, 3)).sqrt()
-
-
-class FakeInception(nn.Module):
-    """Called as the real file is; fed the real file's input, its features are pixel values of 4x4 patches."""
-
-    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
-        assert img.dtype == torch.uint8
-        patches = nn.functional.adaptive_avg_pool2d(img.to(torch.float32), [4, 4]).flatten(1)
-        return patches if return_features else patches.softmax(1)
-
-
-def save_script(module: nn.Module, path: Path) -> Path:
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        torch.jit.script(module).save(path)
-    return path
 
 
 def test_a_torchscript_file_gets_the_inputs_its_authors_recommend(tmp_path: Path) -> None:
@@ -378,9 +232,6 @@ def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
         model.features(torch.zeros(0, 3, 9, 9))
 
 
-# Inception
-
-
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home without Inception."""
@@ -428,195 +279,3 @@ def test_missing_inception_says_where_it_may_lie(nowhere: Path, monkeypatch: pyt
     monkeypatch.setenv("RET_FL_INCEPTION", os.devnull + "/x")
     with pytest.raises(ValueError, match="RET_FL_INCEPTION points at"):
         load_features("inception")
-
-
-# Similarity
-
-
-def gauss(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def brute_cosines(a: Tensor, b: Tensor) -> np.ndarray:
-    x, y = a.double().numpy(), b.double().numpy()
-    return (x @ y.T) / np.outer(np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1))
-
-
-def test_similarity_equals_a_brute_force() -> None:
-    generated, train, held_out = gauss(0, 60, 5), gauss(1, 80, 5), gauss(2, 30, 5)
-    scores = similarity(generated, train, held_out, name="toy")
-    best = brute_cosines(generated, train).max(1)
-    others = brute_cosines(train, train) - 3 * np.eye(80)
-    assert scores.features == "toy"
-    assert scores.mean == pytest.approx(best.mean(), abs=1e-6)
-    assert scores.percentile_50 == pytest.approx(np.percentile(best, 50), abs=1e-6)
-    assert scores.percentile_95 == pytest.approx(np.percentile(best, 95), abs=1e-6)
-    assert scores.above_half == (best > 0.5).mean()
-    assert scores.floor_percentile_95 == pytest.approx(
-        np.percentile(brute_cosines(held_out, train).max(1), 95), abs=1e-6
-    )
-    assert scores.background_percentile_95 == pytest.approx(np.percentile(others.max(1), 95), abs=1e-6)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 90), st.integers(2, 90), st.sampled_from([1, 3, 64, 1000, 5000]), st.data())
-def test_similarity_depends_on_neither_tiles_nor_order_nor_length(
-    g: int, n: int, width: int, data: st.DataObject
-) -> None:
-    generated, train = gauss(g, g, width), gauss(n, n, width)
-    train[n // 2] = train[0]  # a copy, often in another tile
-    # 1 MB holds tiles of 43 rows of 1000, of 8 rows of 5000.
-    whole, tiled = similarity(generated, train, name="toy"), similarity(generated, train, name="toy", memory_mb=1)
-    order = torch.tensor(data.draw(st.permutations(range(n))))
-    lengths = 10.0 ** torch.linspace(-3, 3, n)[:, None]
-    moved = similarity(generated * 7, (train * lengths)[order], name="toy")
-    for other in (tiled, moved):
-        for field, value in whole.model_dump(exclude={"features", "above_half"}).items():
-            assert getattr(other, field) == pytest.approx(value, abs=2e-6), field
-
-
-def test_a_copy_has_similarity_one_and_its_opposite_minus_one() -> None:
-    train = gauss(0, 50, 300)
-    copies = similarity(train[10:20], train, name="toy")
-    assert copies.mean == pytest.approx(1, abs=1e-6)
-    assert copies.percentile_50 <= 1
-    assert copies.above_half == 1
-    assert copies.background_percentile_95 is not None
-    assert copies.background_percentile_95 < 0.5
-    assert similarity(-train[:1], train[:1], name="toy").mean == pytest.approx(-1, abs=1e-6)
-
-
-def test_copies_in_the_training_set_do_not_move_its_background() -> None:
-    train = gauss(0, 40, 6)
-    copied = torch.cat([train, train[:3].repeat(50, 1) * (1 + 1e-6 * gauss(1, 150, 6))])
-    scores = [similarity(train[:1], points, name="toy").background_percentile_95 for points in (train, copied)]
-    assert scores[1] == pytest.approx(scores[0], abs=1e-6)
-    assert similarity(train[:1], train[:1].repeat(5, 1), name="toy").background_percentile_95 is None
-
-
-def test_similarity_refuses_features_without_a_cosine() -> None:
-    train = gauss(0, 9, 4)
-    with pytest.raises(ValueError, match="toy features of generated images hold NaN or infinity in 1 of 9"):
-        similarity(train.clone().index_fill_(0, torch.tensor([2]), torch.nan), train, name="toy")
-    with pytest.raises(ValueError, match="toy features of training images are all zero in 9 of 9"):
-        similarity(train, 0 * train, name="toy")
-    with pytest.raises(ValueError, match="toy features of held-out images have 3 values each"):
-        similarity(train, train, train[:, :3], name="toy")
-    with pytest.raises(ValueError, match="memory_mb"):
-        similarity(train, train, name="toy", memory_mb=0)
-
-
-# Fidelity
-
-
-@pytest.fixture(scope="module")
-def classifier(digits: tuple[Tensor, Tensor]) -> FeatureModel:
-    return train_classifier(digits[0][:900], digits[1][:900], 10, epochs=8)
-
-
-def test_fidelity_equals_its_parts(classifier: Any, digits: tuple[Tensor, Tensor]) -> None:
-    images = digits[0]
-    train, held_out = images[:900], images[900:1300]
-    generated = (images[1300:1500] + 0.1 * torch.rand(200, 1, 8, 8)).clamp(0, 1)
-    with pytest.warns(UserWarning, match="200 generated samples") as caught:
-        scores = fidelity(classifier, generated, held_out, train)
-    assert len(caught) == 1
-    real, made = classifier.features(held_out), classifier.features(generated)
-    with pytest.warns(UserWarning):
-        assert scores.frechet == frechet_distance(real, made)
-    assert scores.kid == kernel_distance(real, made)
-    assert (scores.precision, scores.recall) == precision_recall(real, made, 3)
-    assert scores.confident == confident_share(classifier.probabilities(generated))
-    assert (scores.features, scores.against, scores.images) == ("classifier of the data", "held-out", 400)
-    # Training images in the samples' place are closer than noisy ones.
-    assert scores.real_frechet is not None
-    assert scores.real_frechet < scores.frechet
-    assert scores.real_precision is not None
-    assert scores.real_recall is not None
-    assert min(scores.real_precision, scores.real_recall) > 0.85
-
-
-def test_the_stand_ins_are_as_many_distinct_training_images(classifier: Any, digits: tuple[Tensor, Tensor]) -> None:
-    held_out, train = digits[0][900:1300], digits[0][:120]
-    copied = torch.cat([train, train[:1].repeat(300, 1, 1, 1)])
-    with pytest.warns(UserWarning) as caught:
-        scores = fidelity(classifier, digits[0][1300:1500], held_out, copied)
-    assert any("only 120 distinct training images stand in for 200" in str(w.message) for w in caught)
-    real = classifier.features(held_out)
-    shuffled = classifier.features(train)
-    with pytest.warns(UserWarning):
-        expected = frechet_distance(real, shuffled)
-    assert scores.real_frechet == pytest.approx(expected, rel=1e-6)
-    assert (scores.real_precision, scores.real_recall) == precision_recall(real, shuffled, 3)
-
-
-@pytest.mark.parametrize("held_out", [0, 49])
-def test_few_held_out_images_leave_the_training_images(
-    classifier: Any, digits: tuple[Tensor, Tensor], held_out: int
-) -> None:
-    images = digits[0]
-    train = torch.cat([images[:100], images[:50]])
-    rest = images[900 : 900 + held_out] if held_out else None
-    with pytest.warns(UserWarning):
-        scores = fidelity(classifier, images[1300:1400], rest, train)
-    assert (scores.against, scores.images) == ("train", 100)
-    assert scores.real_frechet is None
-    assert scores.real_precision is None
-    assert scores.real_recall is None
-
-
-def test_fidelity_in_the_features_of_a_given_model(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    model = load_features(str(save_script(FakeInception(), tmp_path / "inception-2015-12-05.pt")))
-    images = digits[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # enough samples
-        scores = fidelity(model, images[:1000], images[1000:1700], images[:1000])
-    assert scores.confident is None
-    assert scores.real_frechet == pytest.approx(scores.frechet, rel=1e-6)
-    real, made = model.features(images[1000:1700]), model.features(images[:1000])
-    assert scores.frechet == frechet_distance(real, made)
-    assert (scores.precision, scores.recall) == precision_recall(real, made, 3)
-
-
-def test_every_image_is_seen_once_and_there_are_as_many_stand_ins_as_samples(digits: tuple[Tensor, Tensor]) -> None:
-    images = digits[0]
-
-    class Recorder:
-        name = "pixels"
-
-        def __init__(self) -> None:
-            self.seen: list[Tensor] = []
-
-        def features(self, images: Tensor) -> Tensor:
-            self.seen.append(images)
-            return images.flatten(1)
-
-    model = Recorder()
-    with pytest.warns(UserWarning, match="70 generated samples"):
-        fidelity(model, images[:70], images[100:180], images[200:700].numpy())
-    held_out, generated, stand_ins = model.seen
-    assert torch.equal(held_out, images[100:180])
-    assert torch.equal(generated, images[:70])
-    assert len(stand_ins.unique(dim=0)) == 70
-    # No first rows: data are often sorted by class.
-    assert not torch.equal(stand_ins, images[200:270])
-    pool = {image.numpy().tobytes() for image in images[200:700]}
-    assert all(image.numpy().tobytes() in pool for image in stand_ins)
-
-
-def test_fidelity_refuses_tiny_sets_and_broken_models(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    images = digits[0]
-    model = load_features(str(save_script(FakeInception(), tmp_path / "inception-2015-12-05.pt")))
-    with pytest.raises(ValueError, match=r"at least 4 \(distinct\) images in every set, got 3"):
-        fidelity(model, images[:3], images[:100], images[:100])
-    with pytest.raises(ValueError, match=r"at least 4 \(distinct\) images in every set, got 1"):
-        fidelity(model, images[:100], images[:100], images[:1].repeat(9, 1, 1, 1))
-
-    class Nan:
-        name = "my features"
-
-        def features(self, images: Tensor) -> Tensor:
-            return torch.full((len(images), 3), torch.nan)
-
-    with pytest.raises(ValueError, match="my features gives NaN or infinity for 100 of 100 images"):
-        fidelity(Nan(), images[:100], images[:100], images[:100])

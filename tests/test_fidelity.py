@@ -1,80 +1,22 @@
-"""Fidelity measures equal their definitions; the classifier is good, repeatable and cached."""
+"""Fidelity measures equal their definitions, and are those of the right sets."""
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from image_models import FakeInception, save_script
 from torch import Tensor
 
-from ret_fl.audit.fidelity import (
-    FeatureClassifier,
-    confident_share,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    train_classifier,
-)
+from ret_fl.audit.classifier import train_classifier
+from ret_fl.audit.features import FeatureModel, load_features
+from ret_fl.audit.fidelity import confident_share, fidelity, frechet_distance, kernel_distance, precision_recall
 
 
 def gauss(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def classifier(digits: tuple[Tensor, Tensor]) -> FeatureClassifier:
-    images, labels = digits
-    return train_classifier(images[:1400], labels[:1400], 10)
-
-
-def test_the_classifier_reads_held_back_digits(classifier: FeatureClassifier, digits: tuple[Tensor, Tensor]) -> None:
-    images, labels = digits
-    probabilities = classifier.probabilities(images[1400:])
-    assert (probabilities.argmax(1) == labels[1400:]).double().mean() >= 0.95
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(probabilities)))
-    assert confident_share(probabilities) > 0.9
-    features = classifier.features(images[1400:])
-    assert features.dtype == torch.float32
-    assert features.shape == (len(images) - 1400, 64)
-
-
-def test_training_depends_on_its_arguments_alone(digits: tuple[Tensor, Tensor]) -> None:
-    images, labels = digits[0][:200], digits[1][:200]
-    first = train_classifier(images, labels, 10, epochs=2)
-    torch.manual_seed(123)
-    state = torch.get_rng_state()
-    again = train_classifier(images, labels, 10, epochs=2)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first.features(images), again.features(images))
-    other = train_classifier(images, labels, 10, epochs=2, seed=1)
-    assert not torch.equal(first.features(images), other.features(images))
-
-
-def test_a_cached_classifier_is_the_same_one_and_a_stale_one_is_replaced(
-    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images, labels = digits[0][:200], digits[1][:200]
-    path = tmp_path / "cache" / "classifier.safetensors"
-    trained = train_classifier(images, labels, 10, epochs=1, path=path)
-    stale = train_classifier(images, labels, 10, epochs=2, path=path)
-    assert not torch.equal(trained.features(images), stale.features(images))
-
-    def must_not_train(*_: object) -> None:
-        raise AssertionError("trained again in spite of the cache")
-
-    monkeypatch.setattr("ret_fl.audit.fidelity._fit", must_not_train)
-    loaded = train_classifier(images, labels, 10, epochs=2, path=path)
-    assert torch.equal(stale.features(images), loaded.features(images))
-    assert torch.equal(stale.probabilities(images), loaded.probabilities(images))
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16), (1, 11, 9), (3, 28, 28)])
-def test_the_classifier_takes_any_size(shape: tuple[int, int, int]) -> None:
-    images = (255 * torch.rand(20, *shape)).to(torch.uint8)
-    model = train_classifier(images.numpy(), np.arange(20) % 2, 2, epochs=1)
-    assert model.features(images).shape == (20, 64)
 
 
 def test_frechet_distance_of_equal_sets_is_zero() -> None:
@@ -157,18 +99,7 @@ def test_confident_share_counts_rows_above_the_threshold() -> None:
     assert confident_share(np.array([[0.95, 0.05], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0]])) == 0.5
 
 
-def test_bad_input_is_refused(classifier: FeatureClassifier, digits: tuple[Tensor, Tensor]) -> None:
-    images, labels = digits
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0\.\.16"):
-        classifier.features(16 * images)
-    with pytest.raises(ValueError, match="H and W >= 8"):
-        classifier.features(images[:, :, :4])
-    with pytest.raises(ValueError, match="one per image"):
-        train_classifier(images, labels[:5], 10)
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.4, got 0\.\.9"):
-        train_classifier(images, labels, 5)
-    with pytest.raises(ValueError, match="num_classes must be >= 2"):
-        train_classifier(images, labels, 1)
+def test_bad_features_are_refused() -> None:
     with pytest.raises(ValueError, match=r"k must lie in 1\.\.9"):
         precision_recall(gauss(0, 10, 4), gauss(1, 20, 4), k=10)
     with pytest.raises(ValueError, match="4 values each and generated features 5"):
@@ -177,3 +108,116 @@ def test_bad_input_is_refused(classifier: FeatureClassifier, digits: tuple[Tenso
         kernel_distance(gauss(0, 1, 4), gauss(1, 10, 4))
     with pytest.raises(ValueError, match="probabilities"):
         confident_share(torch.zeros(5))
+
+
+@pytest.fixture(scope="module")
+def classifier(digits: tuple[Tensor, Tensor]) -> FeatureModel:
+    return train_classifier(digits[0][:900], digits[1][:900], 10, epochs=8)
+
+
+def test_fidelity_equals_its_parts(classifier: Any, digits: tuple[Tensor, Tensor]) -> None:
+    images = digits[0]
+    train, held_out = images[:900], images[900:1300]
+    generated = (images[1300:1500] + 0.1 * torch.rand(200, 1, 8, 8)).clamp(0, 1)
+    with pytest.warns(UserWarning, match="200 generated samples") as caught:
+        scores = fidelity(classifier, generated, held_out, train)
+    assert len(caught) == 1
+    real, made = classifier.features(held_out), classifier.features(generated)
+    with pytest.warns(UserWarning):
+        assert scores.frechet == frechet_distance(real, made)
+    assert scores.kid == kernel_distance(real, made)
+    assert (scores.precision, scores.recall) == precision_recall(real, made, 3)
+    assert scores.confident == confident_share(classifier.probabilities(generated))
+    assert (scores.features, scores.against, scores.images) == ("classifier of the data", "held-out", 400)
+    # Training images in the samples' place are closer than noisy ones.
+    assert scores.real_frechet is not None
+    assert scores.real_frechet < scores.frechet
+    assert scores.real_precision is not None
+    assert scores.real_recall is not None
+    assert min(scores.real_precision, scores.real_recall) > 0.85
+
+
+def test_the_stand_ins_are_as_many_distinct_training_images(classifier: Any, digits: tuple[Tensor, Tensor]) -> None:
+    held_out, train = digits[0][900:1300], digits[0][:120]
+    copied = torch.cat([train, train[:1].repeat(300, 1, 1, 1)])
+    with pytest.warns(UserWarning) as caught:
+        scores = fidelity(classifier, digits[0][1300:1500], held_out, copied)
+    assert any("only 120 distinct training images stand in for 200" in str(w.message) for w in caught)
+    real = classifier.features(held_out)
+    shuffled = classifier.features(train)
+    with pytest.warns(UserWarning):
+        expected = frechet_distance(real, shuffled)
+    assert scores.real_frechet == pytest.approx(expected, rel=1e-6)
+    assert (scores.real_precision, scores.real_recall) == precision_recall(real, shuffled, 3)
+
+
+@pytest.mark.parametrize("held_out", [0, 49])
+def test_few_held_out_images_leave_the_training_images(
+    classifier: Any, digits: tuple[Tensor, Tensor], held_out: int
+) -> None:
+    images = digits[0]
+    train = torch.cat([images[:100], images[:50]])
+    rest = images[900 : 900 + held_out] if held_out else None
+    with pytest.warns(UserWarning):
+        scores = fidelity(classifier, images[1300:1400], rest, train)
+    assert (scores.against, scores.images) == ("train", 100)
+    assert scores.real_frechet is None
+    assert scores.real_precision is None
+    assert scores.real_recall is None
+
+
+def test_fidelity_in_the_features_of_a_given_model(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    model = load_features(str(save_script(FakeInception(), tmp_path / "inception-2015-12-05.pt")))
+    images = digits[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # enough samples
+        scores = fidelity(model, images[:1000], images[1000:1700], images[:1000])
+    assert scores.confident is None
+    assert scores.real_frechet == pytest.approx(scores.frechet, rel=1e-6)
+    real, made = model.features(images[1000:1700]), model.features(images[:1000])
+    assert scores.frechet == frechet_distance(real, made)
+    assert (scores.precision, scores.recall) == precision_recall(real, made, 3)
+
+
+def test_every_image_is_seen_once_and_there_are_as_many_stand_ins_as_samples(digits: tuple[Tensor, Tensor]) -> None:
+    images = digits[0]
+
+    class Recorder:
+        name = "pixels"
+
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def features(self, images: Tensor) -> Tensor:
+            self.seen.append(images)
+            return images.flatten(1)
+
+    model = Recorder()
+    with pytest.warns(UserWarning, match="70 generated samples"):
+        fidelity(model, images[:70], images[100:180], images[200:700].numpy())
+    held_out, generated, stand_ins = model.seen
+    assert torch.equal(held_out, images[100:180])
+    assert torch.equal(generated, images[:70])
+    assert len(stand_ins.unique(dim=0)) == 70
+    # No first rows: data are often sorted by class.
+    assert not torch.equal(stand_ins, images[200:270])
+    pool = {image.numpy().tobytes() for image in images[200:700]}
+    assert all(image.numpy().tobytes() in pool for image in stand_ins)
+
+
+def test_fidelity_refuses_tiny_sets_and_broken_models(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    images = digits[0]
+    model = load_features(str(save_script(FakeInception(), tmp_path / "inception-2015-12-05.pt")))
+    with pytest.raises(ValueError, match=r"at least 4 \(distinct\) images in every set, got 3"):
+        fidelity(model, images[:3], images[:100], images[:100])
+    with pytest.raises(ValueError, match=r"at least 4 \(distinct\) images in every set, got 1"):
+        fidelity(model, images[:100], images[:100], images[:1].repeat(9, 1, 1, 1))
+
+    class Nan:
+        name = "my features"
+
+        def features(self, images: Tensor) -> Tensor:
+            return torch.full((len(images), 3), torch.nan)
+
+    with pytest.raises(ValueError, match="my features gives NaN or infinity for 100 of 100 images"):
+        fidelity(Nan(), images[:100], images[:100], images[:100])

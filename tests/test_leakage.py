@@ -1,175 +1,21 @@
-"""Leakage: exact oracles for the statistics, reference formulas for the losses, and one model that memorizes."""
+"""Leakage: exact oracles for the statistics of scores."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
 
-from ret_fl.audit.leakage import exposure, loss_grid, membership, pia_scores, suspected_duplicates, timestep_grid
+from ret_fl.audit.leakage import exposure, membership, suspected_duplicates
 from ret_fl.audit.schema import Interval
-from ret_fl.config import DiffusionConfig, ModelConfig
-from ret_fl.data.store import SampleStore
-from ret_fl.diffusion.models import build_unet
-from ret_fl.diffusion.objective import Objective, make_scheduler
-from ret_fl.diffusion.sampling import start_noise
-from ret_fl.evaluation import fixed_losses
-
-torch.set_num_threads(1)
-CPU = torch.device("cpu")
-Prediction = Literal["epsilon", "v_prediction"]
-PREDICTIONS = ("epsilon", "v_prediction")
 
 scores = st.integers(1, 30).flatmap(lambda n: arrays(np.float64, n, elements=st.integers(0, 12).map(float)))
-
-
-def digits(first: int, count: int, labels: bool = False) -> SampleStore:
-    """Digits first..first+count-1 in a shuffled order."""
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.images))[first : first + count]
-    images = (data.images[order] * (255 / 16)).round().astype(np.uint8)
-    return SampleStore(images, data.target[order], 10) if labels else SampleStore(images)
-
-
-def make_objective(prediction: Prediction = "epsilon", fold: int = 1, timesteps: int = 1000) -> Objective:
-    return Objective(make_scheduler(DiffusionConfig(prediction=prediction, timesteps=timesteps)), CPU, fold=fold)
-
-
-def tiny(fold: int = 1, classes: int = 0) -> UNet2DModel:
-    config = ModelConfig(preset="tiny", pixel_unshuffle=fold, class_conditional=classes > 0)
-    return build_unet(config, (1, 8, 8), classes, 0)
-
-
-class Pointwise(nn.Module):
-    """Works on every value alone, so folding cannot matter to it."""
-
-    class config:  # noqa: N801, as diffusers names it
-        num_class_embeds = None
-
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, return_dict: bool) -> tuple[Tensor]:
-        return (torch.tanh(x) * (1 + t[:, None, None, None] / 1000),)
-
-
-class TestLossGrid:
-    @pytest.mark.parametrize("classes", [0, 10])
-    def test_an_entry_is_the_mean_loss_over_the_noises_of_its_timestep(self, classes: int) -> None:
-        unet, objective, store = tiny(classes=classes), make_objective(), digits(0, 5, labels=True)
-        grid = loss_grid(unet, objective, store, torch.tensor([4, 0, 2]), timesteps=3, noises=2, seed=7)
-        assert grid.shape == (3, 3) and grid.dtype == torch.float32
-        noise = start_noise(7, 0, 6, (1, 8, 8))
-        for row, image in enumerate((4, 0, 2)):
-            x0, labels = store.fetch(torch.tensor([image]))
-            for column, t in enumerate(timestep_grid(1000, 3)):
-                with torch.no_grad():
-                    expected = [
-                        objective.losses(unet, x0, t[None], noise[i][None], labels if classes else None).item()
-                        for i in (2 * column, 2 * column + 1)
-                    ]
-                assert grid[row, column].item() == pytest.approx(np.mean(expected), rel=1e-4)
-
-    def test_the_grid_holds_the_middles_of_equal_parts_of_the_chain(self) -> None:
-        assert timestep_grid(1000, 10).tolist() == [50, 150, 250, 350, 450, 550, 650, 750, 850, 950]
-        assert timestep_grid(10, 10).tolist() == list(range(10))
-
-    def test_fixed_losses_are_the_means_of_the_grid(self) -> None:
-        unet, objective, store, ids = tiny(), make_objective(), digits(0, 6), torch.arange(6)
-        grid = loss_grid(unet, objective, store, ids, timesteps=4, seed=3)
-        assert torch.equal(fixed_losses(unet, objective, store, ids, timesteps=4, seed=3), grid.mean(1))
-
-    @settings(max_examples=8, deadline=None)
-    @given(batch_size=st.integers(1, 9), fold=st.sampled_from([1, 2]))
-    def test_scores_do_not_depend_on_the_batch_size(self, batch_size: int, fold: int) -> None:
-        unet, objective, store, ids = tiny(fold), make_objective(fold=fold), digits(0, 7), torch.arange(7)
-        for score, options in ((loss_grid, {"timesteps": 2}), (pia_scores, {})):
-            whole = score(unet, objective, store, ids, **options)
-            seen: list[int] = []
-            parts = score(unet, objective, store, ids, batch_size=batch_size, on_progress=seen.append, **options)
-            torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-            assert seen == [*range(batch_size, 7, batch_size), 7]
-
-    @pytest.mark.parametrize("prediction", PREDICTIONS)
-    def test_folding_changes_no_score(self, prediction: Prediction) -> None:
-        store, ids = digits(0, 4), torch.arange(4)
-        for score in (loss_grid, pia_scores):
-            plain, folded = (score(Pointwise(), make_objective(prediction, fold), store, ids) for fold in (1, 2))
-            torch.testing.assert_close(folded, plain)
-
-    def test_dropout_is_off_and_no_gradient_is_kept(self) -> None:
-        unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1, dropout=0.5), (1, 8, 8), 0, 0)
-        for score in (loss_grid, pia_scores):
-            unet.train()
-            first, second = (score(unet, make_objective(), digits(0, 3), torch.arange(3)) for _ in range(2))
-            assert torch.equal(first, second) and not first.requires_grad
-
-    @pytest.mark.parametrize("options", [{"timesteps": 0}, {"noises": 0}, {"batch_size": 0}])
-    def test_counts_below_one_are_refused_by_name(self, options: dict[str, int]) -> None:
-        with pytest.raises(ValueError, match=next(iter(options))):
-            loss_grid(tiny(), make_objective(), digits(0, 3), torch.arange(3), **options)  # type: ignore[arg-type]
-
-    def test_no_ids_are_refused(self) -> None:
-        for score in (loss_grid, pia_scores, fixed_losses):
-            with pytest.raises(ValueError, match="at least one id"):
-                score(tiny(), make_objective(), digits(0, 3), torch.arange(0))
-
-
-class TestPia:
-    @pytest.mark.parametrize("classes", [0, 10])
-    @pytest.mark.parametrize("prediction", PREDICTIONS)
-    def test_scores_are_those_of_the_papers_formula(self, prediction: Prediction, classes: int) -> None:
-        unet, store = tiny(classes=classes).eval(), digits(0, 4, labels=True)
-        objective = make_objective(prediction)
-        found = pia_scores(unet, objective, store, torch.arange(4), t=300)
-        signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-
-        def noise(x: Tensor, t: int, labels: Tensor) -> Tensor:
-            with torch.no_grad():
-                out = unet(x.float(), t, class_labels=labels if classes else None).sample.double()
-            a = signal[t]
-            return out if prediction == "epsilon" else a.sqrt() * out + (1 - a).sqrt() * x
-
-        for i in range(4):
-            x0, labels = store.fetch(torch.tensor([i]))
-            first = noise(x0.double(), 0, labels)
-            second = noise(signal[300].sqrt() * x0 + (1 - signal[300]).sqrt() * first, 300, labels)
-            assert found[i].item() == pytest.approx((first - second).pow(4).sum().item() ** 0.25, rel=1e-3)
-        assert found.dtype == torch.float32
-
-    def test_a_model_that_knows_the_image_scores_zero(self) -> None:
-        """It sees exactly the noise that was put in, so the noise it started from, at every timestep."""
-        objective, store = make_objective(), digits(0, 1)
-        x0, _ = store.fetch(torch.arange(1))
-
-        class Knows(Pointwise):
-            def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, return_dict: bool) -> tuple[Tensor]:
-                signal = objective.scheduler.alphas_cumprod[t][:, None, None, None]
-                return ((x - signal.sqrt() * x0) / (1 - signal).sqrt(),)
-
-        assert pia_scores(Knows(), objective, store, torch.arange(1)).item() == pytest.approx(0, abs=1e-5)
-
-    @pytest.mark.parametrize("t", [-1, 0, 100, 1000])
-    def test_timesteps_outside_the_chain_are_refused(self, t: int) -> None:
-        with pytest.raises(ValueError, match=r"t must lie in 1\.\.99"):
-            pia_scores(tiny(), make_objective(timesteps=100), digits(0, 2), torch.arange(2), t=t)
-
-    def test_a_norm_that_is_none_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="p must be > 0"):
-            pia_scores(tiny(), make_objective(), digits(0, 2), torch.arange(2), p=0)
-
-    def test_a_model_that_predicts_images_is_refused(self) -> None:
-        objective = make_objective()
-        objective.scheduler.register_to_config(prediction_type="sample")
-        with pytest.raises(ValueError, match="epsilon or v_prediction, not 'sample'"):
-            pia_scores(tiny(), objective, digits(0, 2), torch.arange(2))
+TIMESTEPS = np.array([50, 399, 400, 900])
 
 
 def inside(interval: Interval) -> bool:
@@ -308,9 +154,6 @@ class TestExposure:
             exposure(np.ones(2), np.array([1.0, math.nan]))
 
 
-TIMESTEPS = np.array([50, 399, 400, 900])
-
-
 def flat_losses(log_ratios: list[float]) -> np.ndarray:
     """[n, 4] losses with the given log-ratios at t < 400 up to a constant, and high ones above."""
     levels = np.array([1e-1, 1e-2, 1e-3, 1e-4])
@@ -408,65 +251,3 @@ class TestDuplicates:
         } | change
         with pytest.raises(ValueError, match=message):
             suspected_duplicates(**given_)
-
-
-MEMBERS, DUPLICATE, COPIES = 24, 5, 10
-
-
-@dataclass
-class Memorizer:
-    """A U-Net trained to memorize MEMBERS digits, one of them COPIES times in the data."""
-
-    unet: UNet2DModel
-    objective: Objective
-    train: SampleStore
-    held_out: SampleStore
-
-    def scores(self, score: str) -> tuple[Tensor, Tensor]:
-        """Of the distinct training images and of the held-out ones."""
-        call = fixed_losses if score == "loss" else pia_scores
-        sets = (self.train, torch.arange(MEMBERS)), (self.held_out, torch.arange(len(self.held_out)))
-        member, other = (call(self.unet, self.objective, store, ids) for store, ids in sets)
-        return member, other
-
-
-@pytest.fixture(scope="module")
-def memorizer() -> Memorizer:
-    rows = torch.cat([torch.arange(MEMBERS), torch.full((COPIES - 1,), DUPLICATE)])
-    trained = Memorizer(tiny(), make_objective(), digits(0, MEMBERS).subset(rows), digits(100, 200))
-    optimizer = torch.optim.AdamW(trained.unet.parameters(), lr=2e-3)
-    trained.unet.train()
-    torch.manual_seed(0)
-    for _ in range(150):
-        x0, _ = trained.train.fetch(torch.randint(len(rows), (32,)))
-        t, noise = trained.objective.draw(x0)
-        optimizer.zero_grad()
-        trained.objective.losses(trained.unet, x0, t, noise, None).mean().backward()
-        nn.utils.clip_grad_norm_(trained.unet.parameters(), 1.0)
-        optimizer.step()
-    return trained
-
-
-class TestMemorizer:
-    @pytest.mark.parametrize("attack", ["loss", "pia"])
-    def test_members_are_told_from_held_out_images(self, memorizer: Memorizer, attack: Literal["loss", "pia"]) -> None:
-        found = membership(*memorizer.scores(attack), attack)
-        assert found.auc.low > 0.6 and found.auc.value > 0.75
-
-    def test_the_repeated_image_is_suspected_first(self, memorizer: Memorizer) -> None:
-        losses = loss_grid(memorizer.unet, memorizer.objective, memorizer.train, torch.arange(len(memorizer.train)))
-        found = suspected_duplicates(losses, timestep_grid(1000, 10), memorizer.train.content_hashes, z=-2.5)
-        assert (found.suspects[0].train, found.suspects[0].copies) == (DUPLICATE, COPIES)
-        assert found.recall == 1
-
-    def test_the_repeated_image_is_exposed_more_than_the_others(self, memorizer: Memorizer) -> None:
-        found = exposure(*memorizer.scores("loss"))
-        assert found.exposures[DUPLICATE] == max(found.exposures) > found.mean > 2
-
-    @pytest.mark.parametrize("attack", ["loss", "pia"])
-    def test_an_untrained_model_tells_nothing(self, attack: Literal["loss", "pia"]) -> None:
-        call = fixed_losses if attack == "loss" else pia_scores
-        sets = (digits(first, 200) for first in (0, 200))
-        found = membership(*(call(tiny(), make_objective(), store, torch.arange(200)) for store in sets), attack)
-        assert found.auc.low < 0.5 < found.auc.high
-        assert found.tpr_at_1_percent.low < 0.01 < found.tpr_at_1_percent.high

@@ -1,162 +1,96 @@
-"""How good generated images are, in the features of a small classifier trained on labelled real images.
+"""How good and how diverse generated images are, in the features of a network."""
 
-Inception features say little about 8x8 or 32x32 images of another domain, so the features come from a convnet trained
-on the data at hand. Numbers are comparable only between runs that share the classifier, its data and its seed.
-"""
-
-import hashlib
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from ret_fl.audit.distances import Images, nearest, one_thread_operations, pixel_rows, require_same_size
+from ret_fl.audit import schema
+from ret_fl.audit.classifier import FeatureClassifier
+from ret_fl.audit.distances import Images, nearest, pixel_rows, require_same_size
+from ret_fl.audit.features import FeatureModel, checked_features
+from ret_fl.audit.realset import deduplicate
 
-FEATURES = 64
-MIN_SIDE = 8
 # Frechet distances of 500 samples move by +-.3 with the noise seed (digits, 64 features).
 ENOUGH_SAMPLES = 1000
-BATCH = 64
-EVAL_BATCH = 512
 BLOCK_ROWS = 1024
+NEIGHBOUR = 3
+ENOUGH_HELD_OUT = 50
 
 
-class FeatureClassifier(nn.Module):
-    """Convnet for [N, C, H, W] images in [0, 1], H and W >= 8; its last hidden layer (64 wide) are the features."""
+def fidelity(
+    model: FeatureModel, generated: Images, held_out: Images | None, train: Images, *, seed: int = 0
+) -> schema.Fidelity:
+    """Quality and diversity of generated images in the features of `model`.
 
-    name = "classifier of the data"
-
-    def __init__(self, channels: int, num_classes: int, side: int, width: int = 32) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
-        # Halve until at most 7 pixels are left: positions matter in small images, so they are not pooled away.
-        while side >= MIN_SIDE:
-            layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.SiLU()]
-            side, width = (side + 1) // 2, 64
-        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * width, FEATURES), nn.SiLU()]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(FEATURES, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits float32 [N, num_classes] of float32 images [N, C, H, W] in [0, 1]."""
-        return self.head(self.body(2 * images - 1))
-
-    @torch.no_grad()
-    def features(self, images: Images) -> Tensor:
-        """float32 [N, 64] features of images (float in [0, 1] or uint8), on the CPU."""
-        return torch.cat([self.body(2 * batch - 1).cpu() for batch in self._batches(images)])
-
-    @torch.no_grad()
-    def probabilities(self, images: Images) -> Tensor:
-        """float32 [N, num_classes] class probabilities of images (float in [0, 1] or uint8), on the CPU."""
-        return torch.cat([self(batch).softmax(1).cpu() for batch in self._batches(images)])
-
-    def _batches(self, images: Images) -> tuple[Tensor, ...]:
-        return unit_images(images).to(self.head.weight.device).split(EVAL_BATCH)
-
-
-def unit_images(images: Images) -> Tensor:
-    """float32 [N, C, H, W] from float images in [0, 1] or uint8 ones.
-
-    Raises:
-        ValueError: not four axes, sides below 8, values outside [0, 1] by more than rounding, or not finite.
-    """
-    values = torch.as_tensor(images)
-    if values.ndim != 4 or min(values.shape[2:]) < MIN_SIDE:
-        raise ValueError(f"images must be [N, C, H, W] with H and W >= {MIN_SIDE}, got shape {tuple(values.shape)}")
-    unit = pixel_rows(values).float().view(values.shape)
-    low, high = unit.min().item(), unit.max().item()
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"images must lie in [0, 1], got {low:.3g}..{high:.3g}: rescale, then clip them")
-    return unit
-
-
-def train_classifier(
-    images: Images,
-    labels: Tensor | np.ndarray,
-    num_classes: int,
-    *,
-    seed: int = 0,
-    epochs: int = 20,
-    path: str | Path | None = None,
-) -> FeatureClassifier:
-    """Train a `FeatureClassifier`, or load the one that the same call saved before.
-
-    The result depends on the arguments alone (on one machine), never on the global random state.
+    They are compared with the held-out images, or with the distinct training images where fewer than 50 are held out.
+    Frechet distances fall with the number of images on either side: compare only audits of equal numbers.
+    real_*: a random choice of as many distinct training images as there are generated ones (all, if fewer) in their
+    place; None where the training images are what is compared with. `confident` is given for a `FeatureClassifier`.
 
     Args:
-        images: [N, C, H, W] real images, float in [0, 1] or uint8.
-        labels: int [N] in 0..num_classes-1.
-        num_classes: at least 2.
-        seed: of the initial weights and the order of the batches.
-        epochs: passes over the images; 20 take seconds for 1400 digits of 8x8.
-        path: safetensors file that caches the weights; rewritten when it was made from other arguments.
+        model: a `FeatureClassifier`, a `load_features` result, or any `FeatureModel`.
+        generated, train: [G, C, H, W] and [N, C, H, W], float in [0, 1] or uint8.
+        held_out: real images never trained on, or None.
+        seed: of the random choice.
+
+    Returns:
+        The numbers; `images` counts the real images compared with.
 
     Raises:
-        ValueError: labels that do not match the images or the number of classes, epochs < 1, or bad images.
+        ValueError: fewer than 4 images in a set (the precision's radius is that of the 3rd neighbour), images that
+            the model refuses, or features that are not finite.
+
+    Warns:
+        UserWarning: fewer than 1000 generated images, or fewer distinct training images than generated ones.
     """
-    unit, target = unit_images(images), torch.as_tensor(labels).cpu()
-    if num_classes < 2 or epochs < 1:
-        raise ValueError(f"num_classes must be >= 2 and epochs >= 1, got {num_classes} and {epochs}")
-    if target.is_floating_point() or target.shape != (len(unit),):
-        raise ValueError(f"labels must be int [{len(unit)}], one per image, got {target.dtype} {tuple(target.shape)}")
-    if not 0 <= int(target.min()) <= int(target.max()) < num_classes:
-        raise ValueError(f"labels must lie in 0..{num_classes - 1}, got {int(target.min())}..{int(target.max())}")
-    unit, target = unit.cpu(), target.long()
-    cache, recipe = Path(path) if path is not None else None, _recipe(unit, target, num_classes, seed, epochs)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:]))
-    if cache is not None and _load_cached(model, cache, recipe):
-        return model
-    # The same weights on any number of cores, and such small layers gain nothing from more.
-    with one_thread_operations():
-        _fit(model, unit, target, seed, epochs)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_name(cache.name + ".part")
-        save_file(model.state_dict(), part, metadata={"recipe": recipe})
-        part.replace(cache)  # a reader never sees half a file
-    return model
+    generated, train = torch.as_tensor(generated), torch.as_tensor(train)
+    distinct = train[deduplicate(train).to(train.device)]
+    real, against = distinct, "train"
+    if held_out is not None and len(held_out) >= ENOUGH_HELD_OUT:
+        real, against = torch.as_tensor(held_out), "held-out"
+    fewest = min(len(generated), len(real), len(distinct))
+    if fewest <= NEIGHBOUR:
+        raise ValueError(f"fidelity needs at least {NEIGHBOUR + 1} (distinct) images in every set, got {fewest}")
+
+    real_features, features = _features(model, real), _features(model, generated)
+    precision, recall = precision_recall(real_features, features, NEIGHBOUR)
+    scores = _stand_in_scores(model, real_features, distinct, len(generated), seed) if against == "held-out" else None
+    return schema.Fidelity(
+        features=model.name,
+        against=against,
+        images=len(real),
+        frechet=frechet_distance(real_features, features),
+        kid=kernel_distance(real_features, features),
+        precision=precision,
+        recall=recall,
+        confident=confident_share(model.probabilities(generated)) if isinstance(model, FeatureClassifier) else None,
+        real_frechet=scores[0] if scores else None,
+        real_precision=scores[1] if scores else None,
+        real_recall=scores[2] if scores else None,
+    )
 
 
-def _fit(model: FeatureClassifier, images: Tensor, labels: Tensor, seed: int, epochs: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(BATCH):
-            loss = F.cross_entropy(model(images[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval().requires_grad_(False)
+def _stand_in_scores(
+    model: FeatureModel, real_features: Tensor, distinct: Tensor, count: int, seed: int
+) -> tuple[float, float, float]:
+    """Frechet distance, precision and recall of `count` distinct training images in the generated ones' place."""
+    if len(distinct) < count:
+        warnings.warn(
+            f"{model.name}: only {len(distinct)} distinct training images stand in for {count} generated ones, so "
+            "their Frechet distance is biased upwards",
+            stacklevel=3,
+        )
+    chosen = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))[:count]
+    features = _features(model, distinct[chosen.to(distinct.device)])
+    precision, recall = precision_recall(real_features, features, NEIGHBOUR)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # few samples: said once, of the generated
+        return frechet_distance(real_features, features), precision, recall
 
 
-def _recipe(images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs: int) -> str:
-    """All that decides the weights, for the cache to be recognised as stale."""
-    data = hashlib.sha256(images.contiguous().numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    return f"data={data} shape={tuple(images.shape)} classes={num_classes} seed={seed} epochs={epochs}"
-
-
-def _load_cached(model: FeatureClassifier, path: Path, recipe: str) -> bool:
-    """Fill `model` from `path` if that file was made by `recipe`."""
-    if not path.exists():
-        return False
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("recipe") != recipe:
-            return False
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
-    model.eval().requires_grad_(False)
-    return True
+def _features(model: FeatureModel, images: Tensor) -> Tensor:
+    return checked_features(model.features(images), model.name, len(images))
 
 
 def frechet_distance(features_a: Images, features_b: Images) -> float:

@@ -1,7 +1,8 @@
 """What a finished model's losses give away about its training data.
 
 - `membership`: how well a score of an image tells training images from images never seen; the scores are the loss
-  (the mean of `loss_grid`, Yeom et al. 2018, arXiv 1709.01604) or `pia_scores` (Kong et al. 2023, arXiv 2305.18355).
+  (the mean of `ret_fl.evaluation.loss_grid`, Yeom et al. 2018, arXiv 1709.01604) or `pia_scores` (Kong et al. 2023,
+  arXiv 2305.18355).
 - `exposure`: how far a canary's loss stands out among those of images never seen (Carlini et al. 2019, The Secret
   Sharer, arXiv 1802.08232).
 - `suspected_duplicates`: training images with a suspiciously low loss at low noise.
@@ -22,9 +23,7 @@ from ret_fl.audit.replication import wilson_interval
 from ret_fl.audit.schema import Duplicates, Exposure, Interval, Membership, SuspectedDuplicate
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
-from ret_fl.evaluation import Progress, folded_batches, loss_grid, timestep_grid
-
-__all__ = ["exposure", "loss_grid", "membership", "pia_scores", "suspected_duplicates", "timestep_grid"]
+from ret_fl.evaluation import Progress, folded_batches
 
 Values = Tensor | np.ndarray
 FPR_1_PERCENT, FPR_01_PERCENT = 100, 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import platform
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from ret_fl.audit import schema
 from ret_fl.audit.attacks import Stage, attack, takes
+from ret_fl.audit.classifier import MIN_SIDE, FeatureClassifier, small_images, train_classifier
+from ret_fl.audit.copies import replication
 from ret_fl.audit.distances import Images
-from ret_fl.audit.features import FeatureModel, fidelity, similarity
-from ret_fl.audit.fidelity import MIN_SIDE, FeatureClassifier, train_classifier
+from ret_fl.audit.features import FeatureModel
+from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, evenly_spread
-from ret_fl.audit.replication import replication
 from ret_fl.audit.report import Pictures
+from ret_fl.audit.similarity import similarity
 from ret_fl.data.store import SampleStore
 from ret_fl.files import user_cache
 from ret_fl.pictures import Pairs
@@ -31,6 +34,10 @@ FEWEST = 4
 """Images a set needs for precision and recall, whose radius is that of the third neighbour."""
 CLASSIFIED = 10_000
 """Real images the feature classifier is trained on, at most."""
+READ = 256
+"""Of these, images read from a set at a time: they may be large."""
+PATIENCE = 10.0
+"""Seconds of training before it is told how far it is, and between two times."""
 
 
 def run_audit(
@@ -83,7 +90,7 @@ def run_audit(
         )
         qualities: list[schema.Fidelity] = []
         similarities: list[schema.Similarity] = []
-        classifier = _classifier(data, on_stage)
+        classifier = _classifier(data, options, on_stage)
         models: list[FeatureModel] = [_Remembering(model) for model in feature_models]
         for model in [*([classifier] if classifier else []), *models]:
             on_stage(f"quality in features of {model.name}")
@@ -186,18 +193,45 @@ def _data_info(data: AuditData) -> schema.DataInfo:
     )
 
 
-def _classifier(data: AuditData, on_stage: Stage) -> FeatureClassifier | None:
+def _classifier(data: AuditData, options: Options, on_stage: Stage) -> FeatureClassifier | None:
     """A classifier of all real images, each once: it favours neither those trained on nor those held out."""
     if data.train.num_classes < 2 or min(data.train.image_shape[1:]) < MIN_SIDE:
         return None
     # images of another origin number their classes in their own way
     every_set = (data.train, data.reference, data.held_out) if data.one_split else (data.train,)
     stores = [s for s in every_set if s is not None and s.labels is not None]
-    images = torch.cat([s.pixels(distinct_rows(s)) for s in stores])
-    labels = torch.cat([s.labels[torch.from_numpy(distinct_rows(s))] for s in stores if s.labels is not None])
+    distinct = [torch.from_numpy(distinct_rows(s)) for s in stores]
+    count = sum(map(len, distinct))
+    # chosen before any is read: the sets may be far larger
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[evenly_spread(count, CLASSIFIED)] = True
+    rows = [ids[part] for ids, part in zip(distinct, chosen.split([len(ids) for ids in distinct]), strict=True)]
+    labels = torch.cat([s.labels[ids] for s, ids in zip(stores, rows, strict=True) if s.labels is not None])
     if len(labels.unique()) < 2:
         return None
-    on_stage("a classifier of the data, for its features")
-    every = evenly_spread(len(images), CLASSIFIED)
-    cache = user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{len(images)}.safetensors"
-    return train_classifier(images[every], labels[every], data.train.num_classes, path=cache)
+    stage = "a classifier of the data, for its features"
+    on_stage(stage)
+    images = torch.cat(
+        [small_images(s.pixels(part)) for s, ids in zip(stores, rows, strict=True) for part in ids.split(READ)]
+    )
+    return train_classifier(
+        images,
+        labels,
+        data.train.num_classes,
+        path=user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{count}.safetensors",
+        device=options.device,
+        on_progress=_unhurried(lambda done, total: on_stage(f"{stage}: {done} of {total} passes")),
+    )
+
+
+def _unhurried(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """`tell`, left out where it comes within `PATIENCE` seconds of the time before."""
+    told = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= PATIENCE:
+            told = time.monotonic()
+            tell(done, total)
+
+    return on_progress

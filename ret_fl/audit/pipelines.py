@@ -1,0 +1,179 @@
+"""Diffusers pipelines in a folder: what they are, and how images are drawn from them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ret_fl.diffusion.sampling import draw_images, load_pipeline, noise_shape, start_noise
+
+Kind = Literal["run", "pipeline", "images"]
+Draw = Callable[[int, int], Tensor]
+"""draw(first, count) -> images first..first+count-1, float32 [count, C, H, W] in [0, 1] on the CPU."""
+TEXT_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def locate(model: Path) -> tuple[Kind, Path]:
+    """What `model` is, and the pipeline's folder (or `model` itself, for images)."""
+    if not model.exists():
+        raise FileNotFoundError(f"{model} does not exist: give a run, a diffusers pipeline, or images")
+    if (model / "model_index.json").is_file():
+        return "pipeline", model
+    if (model / "final" / "model_index.json").is_file():
+        return "run", model / "final"
+    if (model / "config.json").is_file():
+        config = _read_json(model / "config.json")
+        if "num-server-rounds" in config:
+            raise FileNotFoundError(f"{model} is a run without final/: let it finish, or resume it")
+        if "_class_name" in config or "architectures" in config:
+            raise FileNotFoundError(
+                f"{model} holds one model and no model_index.json: give the whole pipeline's folder"
+            )
+    if (model / "unet").is_dir():
+        raise FileNotFoundError(f"{model} is not a whole diffusers pipeline: it has no model_index.json")
+    return "images", model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings")
+    return found
+
+
+def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
+    """The parts of a pipeline that are there, by name: (library, class)."""
+    index = _read_json(folder / "model_index.json")
+    found = {name: part for name, part in index.items() if isinstance(part, list) and not name.startswith("_")}
+    return {name: (part[0], part[1]) for name, part in found.items() if len(part) == 2 and part[1]}
+
+
+def is_text_to_image(folder: Path) -> bool:
+    """False for a pipeline of a UNet2DModel in pixels. Raises `ValueError` if the pipeline is neither."""
+    parts = parts_of(folder)
+    if set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel":
+        return False
+    if set(TEXT_PARTS) <= set(parts) and parts["unet"][1] == "UNet2DConditionModel":
+        return True
+    name = _read_json(folder / "model_index.json").get("_class_name")
+    held = ", ".join(f"{part} ({kind})" for part, (_, kind) in parts.items()) or "nothing"
+    raise ValueError(
+        f"{folder}: cannot draw from a {name} of {held}. Supported are a UNet2DModel with its scheduler (DDPM, DDIM) "
+        "and text-to-image with a unet, vae, text_encoder and tokenizer; of any other, give the images themselves"
+    )
+
+
+@contextmanager
+def _loading(folder: Path, *libraries: ModuleType) -> Iterator[None]:
+    """Damaged or missing files become a `ValueError` naming the folder; the libraries show no progress bars."""
+    logs = [library.utils.logging for library in libraries]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def load_pixels(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
+    """U-Net, noise schedule and fold factor; `ValueError` where DDIM cannot follow them."""
+    with _loading(folder, diffusers):
+        unet, scheduler, fold = load_pipeline(folder)
+        noise_shape(unet)
+    schedule = _read_json(folder / "scheduler" / "scheduler_config.json")
+    if not {"num_train_timesteps", "beta_schedule"} <= set(schedule):
+        raise ValueError(
+            f"{folder}: a {schedule.get('_class_name')} has no noise schedule that DDIM could follow: give images that "
+            "its own pipeline drew"
+        )
+    if unet.config.out_channels != unet.config.in_channels:
+        raise ValueError(
+            f"{folder}: the U-Net makes {unet.config.out_channels} channels from {unet.config.in_channels}. One that "
+            "predicts its variance too is not supported: give images that its own pipeline drew"
+        )
+    return unet, scheduler, fold
+
+
+def pixel_sampler(folder: Path, seed: int, steps: int, device: torch.device | str) -> tuple[Draw, int]:
+    """How to draw from a U-Net in pixels, and its number of parameters."""
+    unet, scheduler, fold = load_pixels(folder)
+
+    def draw(first: int, count: int) -> Tensor:
+        return draw_images(
+            unet, scheduler, count, first=first, seed=seed, steps=steps, fold=fold, batch_size=count, device=device
+        )
+
+    return draw, unet.num_parameters()
+
+
+def text_sampler(
+    folder: Path, prompts: Sequence[str], guidance: float, seed: int, steps: int, device: torch.device | str
+) -> tuple[Draw, int]:
+    """How to draw from a text-to-image pipeline, and its number of parameters."""
+    if not prompts:
+        raise ValueError(f"{folder} draws images from text: give it --prompts")
+    pipeline = _load_text_to_image(folder).to(device)
+    shape = noise_shape(pipeline.unet)
+
+    def draw(first: int, count: int) -> Tensor:
+        ids = range(first, first + count)
+        # Schedulers that add noise at every step take it from these, so it too is the image's own.
+        streams = [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in ids]
+        drawn = pipeline(
+            prompt=[prompts[i % len(prompts)] for i in ids],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=start_noise(seed, first, count, shape).to(device),
+            generator=[torch.Generator("cpu").manual_seed(stream) for stream in streams],
+            output_type="np",
+        ).images
+        return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+
+    modules = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
+    return draw, sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _load_text_to_image(folder: Path) -> diffusers.DiffusionPipeline:
+    """The pipeline in float32, without safety checker and bars, decoding image by image. Runs no code of the folder."""
+    name = _read_json(folder / "model_index.json").get("_class_name")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"{folder}: a {name} needs transformers: pip install transformers") from error
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"{folder}: diffusers {diffusers.__version__} knows no pipeline {name}")
+    takes = set(inspect.signature(kind.__call__).parameters)
+    if "image" in takes or not {"prompt", "latents", "generator", "guidance_scale"} <= takes:
+        raise ValueError(f"{folder}: a {name} does not draw from a prompt alone: give the images themselves")
+    for part, (library, _) in parts_of(folder).items():
+        if library not in ("diffusers", "transformers") and part != "safety_checker":
+            raise ValueError(f"{folder}: its {part} is code of its own ({library}), which the audit does not run")
+    checked = "requires_safety_checker" in inspect.signature(kind.__init__).parameters
+    unchecked: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
+    with _loading(folder, diffusers, transformers):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, low_cpu_mem_usage=False, **unchecked
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()
+    return pipeline

@@ -1,0 +1,131 @@
+"""Images that are ready: a folder of pictures or a .npy file, in the size and colours asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ret_fl.config import ConfigError, DataConfig
+from ret_fl.data.folder import load_folder
+
+Channels = Literal["auto", "grey", "rgb"]
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in ret_fl.data.images
+
+
+def read_images(
+    path: Path,
+    image_size: int = 0,
+    channels: Channels = "auto",
+    *,
+    most: int | None = None,
+    cache: Path | None = None,
+) -> Tensor:
+    """Images of a folder (PNG, JPEG, WebP, BMP; below it too, in the order of their paths) or of a .npy file.
+
+    A .npy holds uint8, or float in [0, 1]: [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, or grey [N, H, W].
+
+    Args:
+        most: read the first so many only.
+        cache: folder that keeps the decoded pictures; None keeps nothing.
+
+    Returns:
+        float32 [N, C, H, W] in [0, 1].
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: no images, sizes that differ while image_size is 0, a file that cannot be read, another shape or
+            dtype, NaN, or values outside [0, 1]; the message names the file.
+    """
+    with _stored_images(path, image_size, channels, cache) as stored:
+        images = _unit(stored[:most], path)
+    return fitted(images, image_size, channels)
+
+
+def fitted(images: Tensor, side: int, channels: Channels) -> Tensor:
+    """Images float32 [N, C, H, W] in [0, 1], in that size (0: their own) and those colours."""
+    return _recoloured(_resized(images, side), channels)
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Shorter side to `side` and centre crop, in one Lanczos resampling; `side` 0 changes nothing."""
+    if not side or images.shape[2:] == (side, side):
+        return images
+    planes = (Image.fromarray(plane) for plane in images.flatten(0, 1).numpy())
+    resized = [np.asarray(ImageOps.fit(plane, (side, side), method=Image.Resampling.LANCZOS)) for plane in planes]
+    return torch.from_numpy(np.stack(resized)).view(*images.shape[:2], side, side).clamp_(0, 1)
+
+
+def _recoloured(images: Tensor, channels: Channels) -> Tensor:
+    if channels == "grey" and images.shape[1] == 3:
+        return torch.einsum("nchw,c->nhw", images, torch.tensor(LUMA))[:, None].clamp_(0, 1)
+    if channels == "rgb" and images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1).contiguous()
+    return images
+
+
+@contextmanager
+def _stored_images(path: Path, image_size: int, channels: Channels, cache: Path | None) -> Iterator[np.ndarray]:
+    """The images as they are stored, [N, C, H, W] or grey [N, H, W], memory-mapped."""
+    if path.is_dir():
+        with TemporaryDirectory() as scratch:
+            yield _decoded(path, image_size, channels, cache / "decoded" if cache else Path(scratch))
+    elif not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a folder of images or a .npy file")
+    else:
+        yield _array(path)
+
+
+def _decoded(folder: Path, image_size: int, channels: Channels, cache: Path) -> np.ndarray:
+    config = DataConfig(
+        source="image-folder",
+        path=str(folder),
+        image_size=image_size,
+        channels=channels,
+        on_corrupt="refuse",
+        cache_dir=str(cache),
+    )
+    try:
+        return load_folder(config).images
+    except ConfigError as error:
+        told, _, _ = str(error).removeprefix("data.path: ").partition("; data.on-corrupt")
+        raise ValueError(f"{folder}: {told.replace('data.image-size', '--image-size')}") from error
+
+
+def _array(path: Path) -> np.ndarray:
+    if path.suffix.lower() != ".npy":
+        raise ValueError(f"{path} is neither a folder nor a .npy file")
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy file: {error}") from error
+    if stored.ndim not in (3, 4) or stored.size == 0:
+        raise ValueError(f"{path} must hold images [N, C, H, W], [N, H, W, C] or [N, H, W], not {stored.shape}")
+    if stored.dtype != np.uint8 and stored.dtype.kind != "f":
+        raise ValueError(f"{path} holds {stored.dtype}: save it as uint8, or as float in [0, 1]")
+    if stored.ndim == 3:
+        return stored[:, None]
+    if stored.shape[1] in (1, 3):
+        return stored
+    if stored.shape[3] in (1, 3):
+        return stored.transpose(0, 3, 1, 2)
+    raise ValueError(f"{path} must hold images of 1 or 3 channels, not {stored.shape}")
+
+
+def _unit(stored: np.ndarray, path: Path) -> Tensor:
+    """uint8 or float [N, C, H, W] -> float32 in [0, 1], in memory. Raises `ValueError` on NaN and other ranges."""
+    images = torch.from_numpy(stored.astype(np.float32, order="C"))
+    if stored.dtype == np.uint8:
+        return images.div_(255)
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        bad = int((~((images >= 0) & (images <= 1))).flatten(1).any(1).sum())
+        raise ValueError(f"{path}: {bad} of {len(images)} images hold NaN or values outside [0, 1]: scale or drop them")
+    return images

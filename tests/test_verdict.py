@@ -1,0 +1,103 @@
+"""The verdict claims what the intervals allow, and says what speaks against it."""
+
+from __future__ import annotations
+
+import pytest
+from audits import COPIES, FEW, make_audit, make_fidelity, make_rate, make_replication
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ret_fl.audit.schema import Interval
+from ret_fl.audit.verdict import verdict
+
+
+def test_copies_above_the_floor() -> None:
+    text = verdict(make_audit(), None)
+    assert text.startswith("Samples of central copy training images: 25.2 % (95 % interval 22.6 to 28.0 %) of 1,000")
+    assert "0.64 % (0.34 to 1.22 %) of real images" in text
+
+
+def test_no_copies_above_the_floor() -> None:
+    text = verdict(make_audit(rate=FEW), None)
+    assert text.startswith("No copying beyond chance shows")
+    assert "copy training images" not in text
+
+
+def test_copies_only_in_a_variant_are_not_missed() -> None:
+    rates = [make_rate(FEW), make_rate(COPIES, variant="shift")]
+    text = verdict(make_audit(replication=make_replication(rates)), None)
+    assert "copy training images: 25.2 %" in text and "moved by a pixel" in text
+
+
+def test_weak_evidence_is_called_weak() -> None:
+    rate = make_rate(Interval(value=0.016, low=0.0099, high=0.0258),
+                     above_floor=Interval(value=0.0096, low=0.0005, high=0.02))  # fmt: skip
+    assert "evidence is weak" in verdict(make_audit(replication=make_replication([rate])), None)
+
+
+def test_without_reference_there_is_no_verdict() -> None:
+    text = verdict(make_audit(replication=make_replication([])), make_audit("base"))
+    assert "cannot be told" in text and "reference" in text
+
+
+def test_without_held_out_images_the_floor_is_missing() -> None:
+    rate = make_rate(COPIES, floor=None, above_floor=None)
+    text = verdict(make_audit(replication=make_replication([rate])), None)
+    assert "without held-out images" in text and "copy training images" not in text
+
+
+@pytest.mark.parametrize(("samples", "said"), [(999, True), (1000, False)])
+def test_few_samples_are_said(samples: int, said: bool) -> None:
+    assert ("are few" in verdict(make_audit(samples=samples), None)) is said
+
+
+@pytest.mark.parametrize(("distance", "said"), [(4.1, True), (3.9, False)])
+def test_a_model_that_hardly_learned_is_said(distance: float, said: bool) -> None:
+    replication = make_replication([make_rate(FEW)], distance=distance, held_out_distance=2.0)
+    text = verdict(make_audit(replication=replication), None)
+    assert ("hardly learned" in text) is said
+    assert ("a low copy rate says little" in text) is said
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (FEW, "that is fewer copies than the baseline base, 25.2 % (22.6 to 28.0 %)"),
+        (Interval(value=0.40, low=0.37, high=0.43), "that is more copies than the baseline base"),
+        (Interval(value=0.22, low=0.195, high=0.2265), "no clear difference"),
+        (Interval(value=0.30, low=0.2799, high=0.33), "no clear difference"),
+    ],
+)
+def test_baselines_differ_only_beyond_their_intervals(rate: Interval, words: str) -> None:
+    text = verdict(make_audit("own", rate), make_audit("base"))
+    assert words in text
+    assert sum(said in text for said in ("fewer copies", "more copies", "no clear difference")) == 1
+
+
+def test_fewer_copies_at_worse_quality_may_be_less_training() -> None:
+    worse = make_audit("own", FEW, fidelity=[make_fidelity(frechet=12.8)])
+    assert "worse (12.8 against 10.7), so it may in part be less trained" in verdict(worse, make_audit("base"))
+    other_features = make_audit("own", FEW, fidelity=[make_fidelity(frechet=12.8, features="inception")])
+    assert "less trained" not in verdict(other_features, make_audit("base"))
+    assert "less trained" not in verdict(make_audit("own", FEW), make_audit("base"))
+
+
+def test_a_baseline_without_the_same_rate_cannot_be_compared() -> None:
+    base = make_audit("base", replication=make_replication([make_rate(COPIES, threshold=0.2)]))
+    assert "no copy rate to compare with" in verdict(make_audit("own"), base)
+    assert "baseline" not in verdict(make_audit(), make_audit())
+
+
+@given(
+    hits=st.integers(0, 1000), floor=st.integers(0, 1000), samples=st.sampled_from([10, 500, 1000, 50000]),
+    base=st.none() | st.integers(0, 1000),
+)  # fmt: skip
+def test_a_verdict_is_one_sentence(hits: int, floor: int, samples: int, base: int | None) -> None:
+    def share(of: int) -> Interval:
+        return Interval(value=of / 1000, low=max(0, of / 1000 - 0.02), high=min(1, of / 1000 + 0.02))
+
+    rate = make_rate(share(hits), floor=share(floor))
+    audit = make_audit(samples=samples, replication=make_replication([rate]))
+    text = verdict(audit, None if base is None else make_audit("base", share(base)))
+    assert text.endswith(".") and ". " not in text
+    assert ("copy training images: " in text) is (rate.rate.low > share(floor).high)
