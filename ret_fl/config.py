@@ -121,6 +121,10 @@ class DiffusionConfig(Section):
 
 class OptimizerConfig(Section):
     lr: float = Field(1e-3, gt=0, description="AdamW learning rate after warm-up.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant",
+        description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds.",
+    )
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, counted from fresh moments.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 does not clip.")

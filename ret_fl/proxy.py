@@ -11,6 +11,7 @@ for each batch of the shard:
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 
@@ -65,6 +66,14 @@ def round_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint32)[0])
 
 
+def learning_rate(config: RunConfig, round: int) -> float:
+    """AdamW's rate after warm-up in a round (1, 2, ...): the same for all shards, so that proxies can be averaged."""
+    settings = config.optimizer
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * (1 + math.cos(math.pi * (round - 1) / config.num_server_rounds)) / 2
+
+
 class ProxyTrainer:
     """A U-Net, its EMA and its optimizer on one device, used again for every order of a run."""
 
@@ -90,6 +99,7 @@ class ProxyTrainer:
             fused=fused,
         )
         self.step_count = 0
+        self.rate = config.optimizer.lr
 
     @torch.no_grad()
     def _update_ema(self, took_step: Tensor) -> None:
@@ -145,7 +155,7 @@ class ProxyTrainer:
         settings = self.config.optimizer
         self.step_count += 1
         warm = min(1.0, self.step_count / settings.warmup_steps) if settings.warmup_steps else 1.0
-        self.optimizer.param_groups[0]["lr"] = settings.lr * warm
+        self.optimizer.param_groups[0]["lr"] = self.rate * warm
         took_step = any_kept.float()
         loss.backward()
         if settings.grad_clip > 0:
@@ -262,6 +272,7 @@ def train_proxy(
     own = order.start == "proxy" and state is not None and state.weights is not None
     carried = state.moments if state is not None and config.optimizer.carry_moments else None
     trainer.load(state.weights if own and state and state.weights else weights, carried)
+    trainer.rate = learning_rate(config, order.round)
     trainer.unet.train()
     seed = round_seed(config.seed, order.round, order.shard)
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ret_fl.audit import run
-from ret_fl.audit.classifier import MAX_SIDE, FeatureClassifier, small_images, train_classifier
+from ret_fl.audit.classifier import MAX_SIDE, OF_TURNS, FeatureClassifier, small_images, train_classifier, turned
 from ret_fl.audit.fidelity import confident_share
 from ret_fl.audit.run import AuditData, Options
 from ret_fl.data.store import SampleStore
@@ -151,3 +151,25 @@ def test_bad_input_is_refused(classifier: FeatureClassifier, digits: tuple[Tenso
         train_classifier(images, labels, 5)
     with pytest.raises(ValueError, match="num_classes must be >= 2"):
         train_classifier(images, labels, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 12)])
+def test_four_turns_of_an_image_are_four_images_and_turning_back_gives_it_again(shape: tuple[int, int, int]) -> None:
+    images = torch.arange(2 * np.prod(shape)).reshape(2, *shape)
+    ways, way = turned(images)
+    assert way.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.equal(ways[:2], images)
+    assert len(torch.unique(ways, dim=0)) == 8
+    again, _ = turned(ways[4:6])
+    assert any(torch.equal(again[k : k + 2], images) for k in range(0, 8, 2))
+
+
+def test_images_without_labels_get_a_classifier_of_their_turns(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "user_cache", lambda name: tmp_path)
+    images = (digits[0] * 255).round().to(torch.uint8)
+    model = run._classifier(AuditData("digits", SampleStore(images[:1000])), Options(), lambda stage: None)
+    assert model is not None and model.name == OF_TURNS
+    ways, way = turned(images[1000:])
+    assert (model.probabilities(ways).argmax(1) == way).double().mean() > 0.8  # a 0 or 8 looks alike upside down

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ret_fl.data.sources import load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.diffusion.objective import make_scheduler
 from ret_fl.protocol import State, TrainOrder
-from ret_fl.proxy import ProxyDivergedError, TrainedProxy, round_seed, train_proxy, visit_plan
+from ret_fl.proxy import ProxyDivergedError, TrainedProxy, learning_rate, round_seed, train_proxy, visit_plan
 from ret_fl.proxystate import Moments, ProxyFiles, ProxyState
 
 Tiny = Callable[..., RunConfig]
@@ -187,6 +188,23 @@ def test_uploaded_weights_are_not_kept_a_second_time(tiny: Tiny) -> None:
 
 
 # --- AGC --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cosine_schedule_goes_from_the_whole_rate_to_none() -> None:
+    config = RunConfig.from_flat({"optimizer.schedule": "cosine", "optimizer.lr": 2e-3, "num-server-rounds": 8})
+    rates = [learning_rate(config, round) for round in range(1, 9)]
+    assert rates[0] == 2e-3 and rates[4] == pytest.approx(1e-3)
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates))
+    assert learning_rate(config, 9) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_scheduled_rate_is_the_rate_trained_with(tiny: Tiny) -> None:
+    half_way = {"num-server-rounds": 8, "optimizer.lr": 2e-3, "optimizer.schedule": "cosine"}
+    scheduled, constant = tiny(PLAIN, half_way), tiny(PLAIN, {"num-server-rounds": 8, "optimizer.lr": 1e-3})
+    half, whole = (train(c, make_order(c, round=5)).weights for c in (scheduled, constant))
+    assert_close_states(half, whole, 1e-6)
+    earlier = train(scheduled, replace(make_order(scheduled, round=5), round=4)).weights
+    assert differ(half, earlier)
 
 
 def test_a_mem_ratio_without_bound_trains_exactly_as_agc_off(tiny: Tiny) -> None:

@@ -1,4 +1,7 @@
-"""A small classifier of labelled real images, whose features tell how good generated ones are.
+"""A small classifier of real images, whose features tell how good generated ones are.
+
+Without labels it learns which way up an image is (Gidaris et al. 2018, arXiv 1803.07728), which takes knowing what it
+shows.
 
 Inception features say little about 8x8 or 32x32 images of another domain, so the features come from a convnet trained
 on the data at hand. Numbers are comparable only between runs that share the classifier, its data and its seed.
@@ -22,6 +25,9 @@ MIN_SIDE = 8
 MAX_SIDE = 64
 """Larger images are made smaller first: the classifier reads what they show, and its cost grows with their area."""
 FINE_SIDE = 32
+TURNS = 4
+OF_TURNS = "classifier of the data's turns"
+"""Name of a classifier that tells turned images apart, for want of classes."""
 BATCH = 64
 EVAL_BATCH = 512
 
@@ -161,6 +167,18 @@ def _load_cached(model: FeatureClassifier, path: Path, recipe: str) -> bool:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
     model.eval().requires_grad_(False)
     return True
+
+
+def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Every image [N, C, H, W] turned four ways, [4N, C, H, W], and which way, int64 [4N].
+
+    By quarter turns where images are square; else upside down, mirrored, and both.
+    """
+    if images.shape[2] == images.shape[3]:
+        ways = [torch.rot90(images, k, (2, 3)) for k in range(TURNS)]
+    else:
+        ways = [images, images.flip(2), images.flip(3), images.flip(2, 3)]
+    return torch.cat(ways), torch.arange(TURNS).repeat_interleave(len(images))
 
 
 def small_images(images: Images) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ret_fl.audit import schema
-from ret_fl.audit.classifier import FeatureClassifier
+from ret_fl.audit.classifier import OF_TURNS, FeatureClassifier
 from ret_fl.audit.distances import Images, nearest, pixel_rows, require_same_size
 from ret_fl.audit.features import FeatureModel, checked_features
 from ret_fl.audit.realset import deduplicate
@@ -27,7 +27,7 @@ def fidelity(
     They are compared with the held-out images, or with the distinct training images where fewer than 50 are held out.
     Frechet distances fall with the number of images on either side: compare only audits of equal numbers.
     real_*: a random choice of as many distinct training images as there are generated ones (all, if fewer) in their
-    place; None where the training images are what is compared with. `confident` is given for a `FeatureClassifier`.
+    place; None where the training images are what is compared with. `confident` needs a `FeatureClassifier` of classes.
 
     Args:
         model: a `FeatureClassifier`, a `load_features` result, or any `FeatureModel`.
@@ -56,6 +56,9 @@ def fidelity(
 
     real_features, features = _features(model, real), _features(model, generated)
     precision, recall = precision_recall(real_features, features, NEIGHBOUR)
+    confident = None
+    if isinstance(model, FeatureClassifier) and model.name != OF_TURNS:
+        confident = confident_share(model.probabilities(generated))
     scores = _stand_in_scores(model, real_features, distinct, len(generated), seed) if against == "held-out" else None
     return schema.Fidelity(
         features=model.name,
@@ -65,7 +68,7 @@ def fidelity(
         kid=kernel_distance(real_features, features),
         precision=precision,
         recall=recall,
-        confident=confident_share(model.probabilities(generated)) if isinstance(model, FeatureClassifier) else None,
+        confident=confident,
         real_frechet=scores[0] if scores else None,
         real_precision=scores[1] if scores else None,
         real_recall=scores[2] if scores else None,

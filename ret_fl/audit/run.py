@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ret_fl.audit import schema
 from ret_fl.audit.attacks import Stage, attack, takes
-from ret_fl.audit.classifier import MIN_SIDE, FeatureClassifier, small_images, train_classifier
+from ret_fl.audit.classifier import (
+    MIN_SIDE,
+    OF_TURNS,
+    TURNS,
+    FeatureClassifier,
+    small_images,
+    train_classifier,
+    turned,
+)
 from ret_fl.audit.copies import replication
 from ret_fl.audit.distances import Images
 from ret_fl.audit.features import FeatureModel
@@ -194,34 +202,44 @@ def _data_info(data: AuditData) -> schema.DataInfo:
 
 
 def _classifier(data: AuditData, options: Options, on_stage: Stage) -> FeatureClassifier | None:
-    """A classifier of all real images, each once: it favours neither those trained on nor those held out."""
-    if data.train.num_classes < 2 or min(data.train.image_shape[1:]) < MIN_SIDE:
+    """A classifier of all real images, each once: it favours neither those trained on nor those held out.
+
+    Of their classes, or without labels of how each is turned.
+    """
+    if min(data.train.image_shape[1:]) < MIN_SIDE:
         return None
-    # images of another origin number their classes in their own way
-    every_set = (data.train, data.reference, data.held_out) if data.one_split else (data.train,)
-    stores = [s for s in every_set if s is not None and s.labels is not None]
-    distinct = [torch.from_numpy(distinct_rows(s)) for s in stores]
+    every_set = [s for s in (data.train, data.reference, data.held_out) if s is not None and len(s)]
+    labelled = data.train.num_classes >= 2 and data.train.labels is not None
+    if labelled:
+        # images of another origin number their classes in their own way
+        every_set = [s for s in every_set if s.labels is not None] if data.one_split else [data.train]
+    distinct = [torch.from_numpy(distinct_rows(s)) for s in every_set]
     count = sum(map(len, distinct))
     # chosen before any is read: the sets may be far larger
     chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[evenly_spread(count, CLASSIFIED)] = True
+    chosen[evenly_spread(count, CLASSIFIED if labelled else CLASSIFIED // TURNS)] = True
     rows = [ids[part] for ids, part in zip(distinct, chosen.split([len(ids) for ids in distinct]), strict=True)]
-    labels = torch.cat([s.labels[ids] for s, ids in zip(stores, rows, strict=True) if s.labels is not None])
-    if len(labels.unique()) < 2:
-        return None
+    labels = torch.cat(
+        [s.labels[ids] for s, ids in zip(every_set, rows, strict=True) if s.labels is not None] or [torch.empty(0)]
+    )
+    labelled = labelled and len(labels.unique()) >= 2
     stage = "a classifier of the data, for its features"
     on_stage(stage)
     images = torch.cat(
-        [small_images(s.pixels(part)) for s, ids in zip(stores, rows, strict=True) for part in ids.split(READ)]
+        [small_images(s.pixels(part)) for s, ids in zip(every_set, rows, strict=True) for part in ids.split(READ)]
     )
-    return train_classifier(
+    if not labelled:
+        images, labels = turned(images)
+    model = train_classifier(
         images,
         labels,
-        data.train.num_classes,
+        data.train.num_classes if labelled else TURNS,
         path=user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{count}.safetensors",
         device=options.device,
         on_progress=_unhurried(lambda done, total: on_stage(f"{stage}: {done} of {total} passes")),
     )
+    model.name = FeatureClassifier.name if labelled else OF_TURNS
+    return model
 
 
 def _unhurried(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
