@@ -5,7 +5,8 @@
 A study file names settings common to all runs, datasets, and methods as settings on top. Every cell (dataset, method,
 seed) trains on the inline engine in a process of its own with one thread; at each of the method's points, given as
 shares of the whole training, the model is audited with the sampling noise of its seed. Done cells are in the results
-file, and are not run again; a cell that was broken off goes on after its last round.
+file, and are not run again; a cell that was broken off goes on after its last round. Under a learning-rate schedule,
+which knows its end, every point is a training of its own.
 """
 
 from __future__ import annotations
@@ -134,6 +135,21 @@ class Cell:
         rounds = max(1, round(share * whole.num_server_rounds))
         return whole.model_copy(update={"num_server_rounds": rounds})
 
+    def folder(self, root: Path, share: float) -> Path:
+        """Where it trains up to `share`."""
+        scheduled = self.config().optimizer.schedule != "constant"
+        return root / self.name / f"{share:g}x" if scheduled else root / self.name
+
+    @property
+    def length(self) -> float:
+        """How long it trains in all, in whole trainings."""
+        return sum(self.points) if self.config().optimizer.schedule != "constant" else self.points[-1]
+
+    def trained(self, root: Path) -> float:
+        """How far it is, as `length`."""
+        rows = [RunDir(folder).rows() for folder in {self.folder(root, share) for share in self.points}]
+        return sum(r[-1]["round"] for r in rows if r) / self.config().num_server_rounds
+
     def rate(self, results: ResultsFile) -> dict[str, Scalar]:
         """The rate of a random control: as many skips below t-max as the method it stands beside had.
 
@@ -158,8 +174,8 @@ class Cell:
         return [share for share in self.points if results.find(self.key, share, self.config(share, more)) is None]
 
 
-def run_cell(cell: Cell, folder: Path, results: ResultsFile) -> None:
-    """Train and audit what is missing of a cell, in this process; each point becomes a folder in folder/points."""
+def run_cell(cell: Cell, root: Path, results: ResultsFile) -> None:
+    """Train and audit what is missing of a cell, in this process; each point is kept in its `point_folder`."""
     from clients.app import app as client_app
     from ret_fl.audit.folder import NUMBERS, PICTURES, load_audit
     from ret_fl.settings import change_run, new_run
@@ -169,7 +185,7 @@ def run_cell(cell: Cell, folder: Path, results: ResultsFile) -> None:
     more = cell.rate(results)
     for share in cell.missing(results):
         config = cell.config(share, more)
-        kept = point_folder(folder, share)
+        kept, folder = point_folder(root / cell.name, share), cell.folder(root, share)
         if _point_done(kept, config, results):
             continue
         if (folder / "config.json").is_file():
@@ -236,7 +252,7 @@ def run_study(path: Path, root: Path, results_path: Path, jobs: int) -> None:
     running: dict[Future[int], tuple[Cell, subprocess.Popen[bytes]]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True))
-    work = sum(cell.points[-1] for cell in waiting)
+    work = sum(cell.length for cell in waiting)
     finished, count = 0.0, len(waiting)
     with Progress(*columns, *times, speed_estimate_period=600) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("study", total=work or 1, completed=0 if work else 1)
@@ -252,12 +268,12 @@ def run_study(path: Path, root: Path, results_path: Path, jobs: int) -> None:
                 done, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
                     cell, process = running.pop(future)
-                    finished += cell.points[-1]
+                    finished += cell.length
                     if process.returncode:
                         failed.append(f"{cell.name}: see {root / cell.name}.log")
                     points = (root / cell.name).glob(f"points/*/{ROW}")
                     results.add([Row.model_validate_json(p.read_text()) for p in points])
-                now = sum(_trained(root / cell.name) / cell.config().num_server_rounds for cell, _ in running.values())
+                now = sum(cell.trained(root) for cell, _ in running.values())
                 left = count - len(waiting) - len(running)
                 progress.update(task, completed=finished + now, description=f"{left}/{count} trainings")
         finally:
@@ -273,11 +289,6 @@ def _ready(cell: Cell, results: ResultsFile) -> bool:
     except LookupError:
         return False
     return True
-
-
-def _trained(folder: Path) -> int:
-    rows = RunDir(folder).rows()
-    return int(rows[-1]["round"]) if rows else 0
 
 
 def _start(path: Path, cell: Cell, root: Path, results_path: Path) -> subprocess.Popen[bytes]:
@@ -315,7 +326,7 @@ def main(
         study = Study.read(file)
         if cell_name:
             found = ResultsFile(results_path)
-            run_cell(_named(study, cell_name), root / cell_name, found)
+            run_cell(_named(study, cell_name), root, found)
             return
         if listing:
             _list(study, ResultsFile(results_path))

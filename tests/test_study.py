@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from ret_fl.config import ConfigError
 from simulations.results import ResultsFile
-from simulations.study import Study, run_study
+from simulations.study import Study, run_cell, run_study
 
 GRID = """
 title = "Two methods"
@@ -108,6 +108,18 @@ def test_a_further_point_goes_on_from_the_last_round_and_leaves_the_rest(finishe
     metrics = (finished.parent / "runs" / "digits-central-s0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in metrics] == [1, 2, 3]
     write(finished.parent)
+
+
+def test_under_a_schedule_every_point_is_a_training_of_its_own(tmp_path: Path) -> None:
+    text = GRID.replace('agc.mode = "off" }', 'agc.mode = "off", optimizer.schedule = "cosine" }')
+    cell = next(c for c in Study.read(write(tmp_path, text)).cells() if c.method == "central")
+    assert cell.length == 1.5
+    assert [cell.folder(tmp_path, share).name for share in cell.points] == ["0.5x", "1x"]
+    assert [cell.config(share).num_server_rounds for share in cell.points] == [1, 2]
+    run_cell(cell, tmp_path, ResultsFile(tmp_path / "r.jsonl"))
+    assert cell.trained(tmp_path) == 1.5
+    shorter, whole = (json.loads((tmp_path / cell.name / x / "config.json").read_text()) for x in ("0.5x", "1x"))
+    assert (shorter["num-server-rounds"], whole["num-server-rounds"]) == (1, 2)
 
 
 def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
