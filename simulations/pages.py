@@ -144,11 +144,16 @@ def _table(
 
 
 def _curves(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str]) -> list[str]:
-    lines = ["Along training:", "", "| method | images | CR | canaries | FD | precision |", "|---|---|---|---|---|---|"]
+    lines = [
+        "Along training:",
+        "",
+        "| method | seeds | images | CR | canaries | FD | precision |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method in methods:
         lines += [
-            f"| {study.methods[method].label} | {point.mean(lambda r: r.images):,.0f} | {_percent(point.cr)} "
-            f"| {_percent(point.mean(lambda r: r.canary_copies))} | {point.fd:.2f} | {point.precision:.3f} |"
+            f"| {study.methods[method].label} | {len(point.rows)} | {point.mean(lambda r: r.images):,.0f} "
+            f"| {_percent(point.cr)} | {_percent(point.mean(lambda r: r.canary_copies))} | {point.fd:.2f} | {point.precision:.3f} |"
             for point in curve(rows, dataset, method)
         ]
     return lines

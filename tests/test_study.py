@@ -153,6 +153,15 @@ def test_a_bad_study_file_is_refused_by_name(tmp_path: Path, change: tuple[str, 
         Study.read(write(tmp_path, GRID.replace(*change)))
 
 
+def test_further_points_of_the_first_seed_are_its_own(tmp_path: Path) -> None:
+    text = GRID.replace("summary = true", "seeds = [3, 4]").replace(
+        'label = "the default"', 'label = "the default"\nfirst-seed-points = [2]'
+    )
+    points = {c.key: c.points for c in Study.read(write(tmp_path, text)).cells()}
+    assert points["digits", "default", 3] == [1, 2] and points["digits", "default", 4] == [1]
+    assert points["digits", "central", 3] == points["digits", "central", 4] == [0.5, 1]
+
+
 def test_a_random_control_skips_as_often_as_the_method_beside_it(finished: Path) -> None:
     control = '[methods.random]\nlabel = "r"\nskips-of = "default"\nset = { shards = 2, agc.mode = "random" }\n'
     study = Study.read(write(finished.parent, GRID + control))
