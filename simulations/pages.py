@@ -153,7 +153,8 @@ def _curves(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[s
     for method in methods:
         lines += [
             f"| {study.methods[method].label} | {len(point.rows)} | {point.mean(lambda r: r.images):,.0f} "
-            f"| {_percent(point.cr)} | {_percent(point.mean(lambda r: r.canary_copies))} | {point.fd:.2f} | {point.precision:.3f} |"
+            f"| {_percent(point.cr)} | {_percent(point.mean(lambda r: r.canary_copies))} "
+            f"| {point.fd:.2f} | {point.precision:.3f} |"
             for point in curve(rows, dataset, method)
         ]
     return lines
