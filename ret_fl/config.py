@@ -67,8 +67,8 @@ class DataConfig(Section):
     )
     duplicates: Literal["weight", "keep"] = Field(
         "weight",
-        description="Exact duplicates: 'weight' visits each 1/copies as often, whatever shards they are in; 'keep' trains "
-        "on all.",
+        description="Exact duplicates: 'weight' visits each 1/copies as often, whatever shards they are in; 'keep' "
+        "trains on all.",
     )
     split: str = Field("train", description="Which split of an hf dataset to read.")
     image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
