@@ -143,7 +143,7 @@ class AgcConfig(Section):
         "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
     )
     mem_ratio: float = Field(
-        1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        2.0, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
