@@ -127,6 +127,7 @@ def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
     folder = finished.parent / "results"
     page = (folder / "two.md").read_text()
     assert "| central training | 1 | 88 |" in page and "| the default | 1 | 88 |" in page
+    assert "## The default against central training" in page and "| digits | 1 / 1 |" in page
     assert "![Copies against quality, digits](two-digits.png)" in page
     for picture in ("two-digits.png", "two-digits-copies.png"):
         assert (folder / picture).stat().st_size > 5000
