@@ -228,8 +228,8 @@ def open_data(
         drawing: its image_size and channels bring files to the model's size.
 
     Raises:
-        ValueError: unreadable or missing images (`ConfigError`; the message names the file or setting), or a
-            reference that shares images with the training or held-out images.
+        ValueError: unreadable or missing images (`ConfigError`; the message names the file or setting), or sets that
+            share images.
         FileNotFoundError: no such .npy file.
     """
     drawing = drawing or Drawing()
@@ -242,7 +242,11 @@ def open_data(
     else:
         opened = AuditData(str(data), _store(data, drawing))
     if held_out is not None:
-        opened = replace(opened, held_out=_store(held_out, drawing), one_split=False)
+        further = _store(held_out, drawing)
+        _refuse_shared("held_out", further, "train", opened.train)
+        if reference is None and opened.reference is not None:
+            _refuse_shared("held_out", further, "reference", opened.reference)
+        opened = replace(opened, held_out=further, one_split=False)
     if reference is not None:
         opened = _with_reference(opened, _store(reference, drawing))
     return opened

@@ -198,6 +198,14 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
         lambda run, tmp: [run, "--reference", tmp / "new.npy", "--held-out", tmp / "new.npy", "--samples", 4],
         ["held_out shares 24 images with reference"],
     ),
+    "held-out images that were trained on": (
+        lambda run, tmp: [run, "--held-out", tmp / "train.npy", "--samples", 4],
+        ["held_out shares 24 images with train"],
+    ),
+    "held-out images that are the run's reference": (
+        lambda run, tmp: [run, "--held-out", tmp / "reference.npy", "--samples", 4],
+        ["held_out shares 24 images with reference"],
+    ),
     "ready images without data": (lambda run, tmp: [tmp / "new.npy"], ["--data"]),
     "an image model that is not there": (lambda run, tmp: [run, "--features", tmp / "sscd.pt"], ["no image model"]),
     "an image model for other inputs": (lambda run, tmp: [run, "--features", tmp / "four.pt"], ["four refuses inputs"]),
@@ -223,6 +231,7 @@ def test_an_audit_that_cannot_be_made_says_why_before_anything_is_drawn(
     real = open_data(run_dir)
     np.save(folder / "train.npy", real.train.pixels().numpy())
     np.save(folder / "new.npy", real.held_out.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
+    np.save(folder / "reference.npy", real.reference.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
     np.save(folder / "small.npy", np.arange(30 * 36, dtype=np.uint8).reshape(30, 6, 6))
     torch.jit.script(torch.nn.Conv2d(4, 4, 1)).save(folder / "four.pt")
     if words == ["no PNG"]:

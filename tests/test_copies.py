@@ -109,10 +109,13 @@ def test_few_training_images_need_a_smaller_k(real: tuple[Tensor, Tensor, Tensor
     assert replication(train[:9], train, None, None, None, k=None)[0].k == 50
 
 
-def test_held_out_images_that_are_training_images_are_reported(real: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_held_out_images_of_another_set_are_refused(real: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A model that copies all it knows would have a floor as high as its copy rate."""
     train, reference, held_out = real
-    with pytest.warns(UserWarning, match="2 of 52 held-out images are also training images"):
-        replication(held_out, train, reference, torch.cat([held_out[:50], train[:2]]), None)
+    with pytest.raises(ValueError, match="held_out shares 2 images with train"):
+        replication(train, train, reference, torch.cat([held_out[:50], train[:2]]), None)
+    with pytest.raises(ValueError, match="held_out shares 3 images with reference"):
+        replication(train, train, reference, torch.cat([held_out[:50], reference[:3]]), None)
 
 
 def test_grey_columns_are_not_mirrored() -> None:

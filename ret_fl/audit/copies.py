@@ -93,10 +93,11 @@ def replication(
         the scores they were computed from.
 
     Raises:
-        ValueError: worst < 0, fewer than k distinct training images, or as in `copy_report`.
+        ValueError: worst < 0, fewer than k distinct training images, held-out images that are training or reference
+            images, or as in `copy_report`.
 
     Warns:
-        UserWarning: fewer than 50 neighbours, held-out images that are training images, or as in `calibrated_ratio`.
+        UserWarning: fewer than 50 neighbours, or as in `calibrated_ratio`.
     """
     require_threshold(threshold)
     if worst < 0:
@@ -106,22 +107,27 @@ def replication(
     other = None if reference is None else reference_set(reference, real)
     k = _default_k(len(real)) if k is None else k
     canary_rows = None if canary_rows is None else real.first[canary_rows]
-    samples, floor = _scores(queries, real, other, k, threshold, canary_rows), None
+    floor = None
     if held_out is not None:
         held_out_queries = checked_queries(held_out, "held_out", device)
         require_same_size(held_out_queries, real.distinct, "held_out", "train")
-        if other is not None and (shared := other.keys & set(content_keys(held_out_queries))):
-            raise ValueError(
-                f"held_out shares {len(shared)} images with reference: use other images, such an image never counts "
-                "as a copy, and the floor would be too low"
-            )
+        _refuse_known(held_out_queries, real, other)
         floor = _scores(held_out_queries, real, other, k, threshold, None)
-        if copies := int((floor.squared[:, 0] == 0).sum()):
-            warnings.warn(
-                f"{copies} of {len(held_out)} held-out images are also training images: they raise every floor",
-                stacklevel=2,
-            )
+    samples = _scores(queries, real, other, k, threshold, canary_rows)
     return _summary(samples, floor, threshold, worst), Details(samples, floor)
+
+
+def _refuse_known(held_out: ImageRows, real: RealSet, other: RealSet | None) -> None:
+    """Held-out images must be in no other set, else the floors are no floors."""
+    keys = set(content_keys(held_out))
+    for name, known, harm in (
+        ("train", real, "counts as a copy, and the floor would hide copies"),
+        ("reference", other, "never counts as a copy, and the floor would be too low"),
+    ):
+        if known is not None and (shared := known.keys & keys):
+            raise ValueError(
+                f"held_out shares {len(shared)} images with {name}: use other images, such an image {harm}"
+            )
 
 
 def _default_k(distinct: int) -> int:
