@@ -193,6 +193,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html again from audits made before, of one or of several side by side. Nothing is measured."""
+    from ret_fl.audit.counterparts import other_data_warning
     from ret_fl.audit.folder import PAGE, find_audit, load_audit
     from ret_fl.audit.report import write_report
     from ret_fl.audit.tables import comparison_table
@@ -210,11 +211,17 @@ def report(
     base = numbers[audits.index(baseline)] if baseline is not None else None
     main, pictures = next(((a, p) for a, p in found if a is not base), found[0])
     others = [a for a in numbers if a is not main]
+    if mixed := other_data_warning([main, *others, *curve]):
+        _warn(mixed)
     write_report(page, main, pictures, baseline=base if base is not main else None, others=others, early_stop=curve)
     if len(numbers) > 1:
         wide_console().print(comparison_table(numbers, base))
     typer.secho(verdict(main, base if base is not main else None), bold=True)
     typer.echo(f"report: {page}")
+
+
+def _warn(text: str) -> None:
+    typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
 
 
 def _prompts(path: Path | None) -> tuple[str, ...]:

@@ -41,6 +41,12 @@ def test_a_run_ends_with_its_audit(run_dir: Path) -> None:
     audit, pictures = load_audit(run_dir)
     assert (audit.model.kind, audit.model.samples, audit.data.train, audit.data.distinct) == ("run", 12, 34, 24)
     assert (audit.data.canaries, audit.data.canary_repeats) == (2, 6)
+    data = open_data(run_dir)
+    assert data.reference is not None and data.held_out is not None and audit.data.fingerprints is not None
+    assert list(audit.data.fingerprints.model_dump().values()) == [
+        store.fingerprint for store in (data.train, data.reference, data.held_out)
+    ]
+    assert all(f.recipe for f in audit.fidelity)
     assert {c.variant for c in audit.replication.copy_rates} == {"pixels", "shift", "flip"}
     assert audit.replication.k == 24
     assert audit.leakage is not None

@@ -40,6 +40,7 @@ def test_training_depends_on_its_arguments_alone(digits: tuple[Tensor, Tensor]) 
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.features(images), again.features(images))
     other = train_classifier(images, labels, 10, epochs=2, seed=1)
+    assert first.recipe == again.recipe != other.recipe
     assert not torch.equal(first.features(images), other.features(images))
 
 

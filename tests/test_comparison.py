@@ -10,7 +10,7 @@ import pytest
 from conftest import ret_fl
 
 from ret_fl.audit.folder import load_audit
-from ret_fl.auditing import Drawing, open_data
+from ret_fl.auditing import Drawing, audit_model, open_data
 from ret_fl.comparison import checkpoint_models, compare, unique_names
 
 
@@ -32,6 +32,14 @@ def test_several_models_stand_side_by_side(run_dir: Path, tmp_path: Path) -> Non
     )
     assert both.exit_code == 0, both.output
     assert "other" in (tmp_path / "b.html").read_text()
+
+
+def test_a_report_of_audits_of_different_data_says_so(run_dir: Path, tmp_path: Path) -> None:
+    audit_model(run_dir / "final", "digits", out=tmp_path / "other", drawing=Drawing(8, steps=2), leakage=False)
+    result = ret_fl("report", run_dir, tmp_path / "other", "--baseline", run_dir, "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "audited against other images than final: run" in result.stderr
+    assert "(other data)" in result.stdout and "audited against other images" in result.stdout
 
 
 def test_every_checkpoint_is_a_model_of_less_training(run_dir: Path, tmp_path: Path) -> None:

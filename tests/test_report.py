@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audits import FEW, make_audit, make_fidelity, make_replication
+from audits import FEW, make_audit, make_fidelity, make_replication, on_other_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -130,6 +130,16 @@ def test_the_page_holds_every_number_and_picture(tmp_path: Path, pictures: Pictu
     places = [re.search(rf"<h2[^>]*>[^<]*{name}", page) for name in sections]
     starts = [place.start() for place in places if place]
     assert len(starts) == len(sections) and starts == sorted(starts)
+
+
+def test_numbers_of_other_data_do_not_stand_beside_these(tmp_path: Path) -> None:
+    others = [on_other_data(make_audit(name, Interval(value=0.5, low=0.47, high=0.53))) for name in ("base", "more")]
+    text = render(tmp_path, make_audit(), baseline=others[0], others=others[1:], early_stop=others[1:])
+    assert "its baseline base was audited against other images" in text
+    assert "more (other data)" not in text  # the same data as the baseline, which stands first
+    assert "central (other data)" in text
+    assert text.count("50.0 % (47.0 to 53.0 %)") == 2  # in the comparison, and nowhere else
+    assert "copy-quality plane" not in text
 
 
 def test_distances_of_pairs_are_those_of_the_pictures(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class FeatureClassifier(nn.Module):
     """Convnet for [N, C, H, W] images in [0, 1], sides in 8..64; its last hidden layer (64 wide) are the features."""
 
     name = "classifier of the data"
+    recipe = ""
+    """Hash of all that decided the weights."""
 
     def __init__(self, channels: int, num_classes: int, side: int, width: int = 32) -> None:
         super().__init__()
@@ -112,6 +114,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:])).to(place)
+    model.recipe = hashlib.sha256(recipe.encode()).hexdigest()
     if cache is not None and _load_cached(model, cache, recipe):
         return model
     # The same weights on any number of cores, and such small layers gain nothing from more.

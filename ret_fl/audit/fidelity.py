@@ -72,6 +72,7 @@ def fidelity(
         real_frechet=scores[0] if scores else None,
         real_precision=scores[1] if scores else None,
         real_recall=scores[2] if scores else None,
+        recipe=model.recipe if isinstance(model, FeatureClassifier) else model.name,
     )
 
 

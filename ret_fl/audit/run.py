@@ -198,6 +198,11 @@ def _data_info(data: AuditData) -> schema.DataInfo:
         held_out=len(data.held_out) if data.held_out else 0,
         canaries=canaries,
         canary_repeats=repeats,
+        fingerprints=schema.Fingerprints(
+            train=data.train.fingerprint,
+            reference=data.reference.fingerprint if data.reference else None,
+            held_out=data.held_out.fingerprint if data.held_out else None,
+        ),
     )
 
 

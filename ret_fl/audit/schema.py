@@ -38,8 +38,19 @@ class ModelInfo(Part):
     parameters: int | None
 
 
+class Fingerprints(Part):
+    """SHA-256 (hex) of each set of images, in order and with its labels; None: no such set."""
+
+    train: str
+    reference: str | None
+    held_out: str | None
+
+
 class DataInfo(Part):
-    """Training, reference and held-out images; `distinct` counts training images without exact duplicates."""
+    """Training, reference and held-out images; `distinct` counts training images without exact duplicates.
+
+    fingerprints: None in audits made before they were kept.
+    """
 
     source: str
     image_shape: tuple[int, int, int]
@@ -49,6 +60,7 @@ class DataInfo(Part):
     held_out: int
     canaries: int
     canary_repeats: int
+    fingerprints: Fingerprints | None = None
 
 
 class CopyRate(Part):
@@ -127,7 +139,9 @@ class Fidelity(Part):
     """Quality and diversity against held-out images (or training images where none are held out) in some features.
 
     real_*: the same of an equally large set of training images in the samples' place: what a perfect model that
-    copies everything would score. confident: share of samples the classifier is surer than 90 % of.
+    copies everything would score. confident: share of samples the classifier is surer than 90 % of. recipe: what
+    decides the features, a hash of how the classifier of the data was trained, or the model's name; None in audits made
+    before it was kept.
     """
 
     features: str
@@ -141,6 +155,7 @@ class Fidelity(Part):
     real_frechet: float | None
     real_precision: float | None
     real_recall: float | None
+    recipe: str | None = None
 
 
 class Membership(Part):

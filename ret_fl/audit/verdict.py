@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_fidelity, same_rate
+from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_data, same_fidelity, same_rate
 from ret_fl.audit.fidelity import ENOUGH_SAMPLES
 from ret_fl.audit.schema import Audit, CopyRate, Interval
 from ret_fl.audit.words import number, percent, with_interval
@@ -119,8 +119,10 @@ def _against_baseline(audit: Audit, baseline: Audit | None) -> list[str]:
     rate = headline(audit)
     if baseline is None or rate is None or baseline == audit:
         return []
-    other = same_rate(rate, baseline)
     name = baseline.model.name
+    if not same_data(audit, baseline):
+        return [f"its baseline {name} was audited against other images, so the two are not compared"]
+    other = same_rate(rate, baseline)
     if other is None:
         return [f"its baseline {name} has no copy rate to compare with"]
     by = "" if rate is _finding(audit)[1] else f" by pixels ({percent(rate.rate.value)})"
