@@ -67,6 +67,15 @@ def distinct_rows(store: SampleStore) -> np.ndarray:
     return np.sort(np.unique(store.content_hashes, return_index=True)[1])
 
 
+def spread_rows(stores: Sequence[SampleStore], most: int) -> list[Tensor]:
+    """int64 rows of each store: at most `most` distinct images in all, evenly spread over them all."""
+    distinct = [torch.from_numpy(distinct_rows(store)) for store in stores]
+    counts = [len(rows) for rows in distinct]
+    chosen = torch.zeros(sum(counts), dtype=torch.bool)
+    chosen[evenly_spread(len(chosen), most)] = True
+    return [rows[part] for rows, part in zip(distinct, chosen.split(counts), strict=True)]
+
+
 def evenly_spread(count: int, most: int) -> Tensor:
     """int64: at most `most` of 0..count-1, evenly spread."""
     return torch.from_numpy(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
