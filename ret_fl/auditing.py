@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 
 from ret_fl.audit import schema
 from ret_fl.audit.attacks import Stage
@@ -20,7 +19,7 @@ from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.folder import save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
-from ret_fl.audit.ready import read_images
+from ret_fl.audit.ready import read_bytes
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import require_same_shape, run_audit
 from ret_fl.config import ConfigError, DataConfig, RunConfig, describe
@@ -265,8 +264,7 @@ def _from_splits(source: str, splits: DataSplits) -> AuditData:
 def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
     path = Path(spec).expanduser()
     if path.suffix == ".npy":
-        images = read_images(path, drawing.image_size, drawing.channels)
-        return SampleStore((images * 255).round().to(torch.uint8))
+        return SampleStore(read_bytes(path, drawing.image_size, drawing.channels))
     # a folder of datasets' own files holds no image files but tells itself apart by these
     is_dataset = path.suffix == ".parquet" or not path.is_dir() or _holds_dataset(path)
     config = DataConfig.model_validate(

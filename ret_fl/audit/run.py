@@ -43,7 +43,7 @@ FEWEST = 4
 CLASSIFIED = 10_000
 """Real images the feature classifier is trained on, at most."""
 READ = 256
-"""Of these, images read from a set at a time: they may be large."""
+"""Images read from a set, or shown to an image model, at a time: they may be large."""
 PATIENCE = 10.0
 """Seconds of training before it is told how far it is, and between two times."""
 
@@ -105,7 +105,9 @@ def run_audit(
             if min(len(distinct_rows(data.train)), len(generated.images)) < FEWEST:
                 warnings.warn(f"no quality measured: it needs {FEWEST} samples and training images", stacklevel=1)
                 break
-            qualities.append(fidelity(model, generated.images, held_out, train, seed=options.seed))
+            qualities.append(
+                fidelity(model, generated.images, held_out, train, seed=options.seed, memory_mb=options.memory_mb)
+            )
         for model in models:
             on_stage(f"similarity in features of {model.name}")
             floor = None if held_out is None else model.features(held_out)
@@ -157,11 +159,13 @@ class _Remembering:
 
     def features(self, images: Images) -> Tensor:
         """As the model's own."""
-        rows = torch.as_tensor(images)
-        keys = [hashlib.sha256(row.numpy()).digest() for row in rows.contiguous()]
+        return torch.cat([self._part(part) for part in torch.as_tensor(images).split(READ)])
+
+    def _part(self, images: Tensor) -> Tensor:
+        keys = [hashlib.sha256(row.numpy()).digest() for row in images.contiguous()]
         new = {key: i for i, key in enumerate(keys) if key not in self._known}
         if new:
-            self._known.update(zip(new, self._model.features(rows[list(new.values())]), strict=True))
+            self._known.update(zip(new, self._model.features(images[list(new.values())]), strict=True))
         return torch.stack([self._known[key] for key in keys])
 
 
