@@ -161,3 +161,4 @@ def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
     losses[measured == rows[0]] = 0.001
     found = _duplicates(data, measured, losses, torch.tensor([50, 150, 250, 350]), 400)
     assert [(s.train, s.copies) for s in found.suspects] == [(rows[0], 5)]
+    assert (found.examined, found.below) == (21, 1)

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ret_fl.audit import run
@@ -61,6 +63,24 @@ def test_a_cached_classifier_is_the_same_one_and_a_stale_one_is_replaced(
     assert torch.equal(stale.features(images), loaded.features(images))
     assert torch.equal(stale.probabilities(images), loaded.probabilities(images))
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "weights of another network"])
+def test_a_damaged_cache_means_training_again(digits: tuple[Tensor, Tensor], tmp_path: Path, damage: str) -> None:
+    images, labels = digits[0][:100], digits[1][:100]
+    path = tmp_path / "classifier.safetensors"
+    trained = train_classifier(images, labels, 10, epochs=1, path=path)
+    whole = path.read_bytes()
+    if damage == "weights of another network":
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        weights = trained.state_dict() | {"head.bias": torch.zeros(3)}
+        save_file(weights, path, metadata=metadata)
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"not weights", "empty": b""}[damage])
+    again = train_classifier(images, labels, 10, epochs=1, path=path)
+    assert torch.equal(again.features(images), trained.features(images))
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16), (1, 11, 9), (3, 28, 28)])

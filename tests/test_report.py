@@ -142,6 +142,18 @@ def test_numbers_of_other_data_do_not_stand_beside_these(tmp_path: Path) -> None
     assert "copy-quality plane" not in text
 
 
+def test_a_cut_list_of_suspects_says_how_many_there_are(tmp_path: Path) -> None:
+    leakage = make_audit().leakage
+    assert leakage is not None and leakage.duplicates is not None
+    cut = leakage.duplicates.model_copy(update={"below": 1234, "examined": 2000})
+    info = make_audit().data.model_copy(update={"distinct": 60_000})
+    text = render(tmp_path, make_audit(data=info, leakage=leakage.model_copy(update={"duplicates": cut})))
+    assert "Examined: 2,000 of 60,000 distinct training images." in text
+    assert "1,234 training images have a loss far below" in text and "The first 1:" in text
+    older = render(tmp_path, make_audit())
+    assert "1 training image has a loss" in older and "Examined" not in older
+
+
 def test_distances_of_pairs_are_those_of_the_pictures(tmp_path: Path) -> None:
     generated, original = torch.zeros(1, 1, 8, 8), torch.full((1, 1, 8, 8), 0.5)
     pictures = Pictures(worst=Pairs("", generated, original, torch.tensor([0.021])))

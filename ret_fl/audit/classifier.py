@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +28,8 @@ FINE_SIDE = 32
 TURNS = 4
 OF_TURNS = "classifier of the data's turns"
 """Name of a classifier that tells turned images apart, for want of classes."""
+ARCHITECTURE = 1
+"""Raise when the same arguments would give other weights, so that cached ones are not taken for them."""
 BATCH = 64
 EVAL_BATCH = 512
 
@@ -156,18 +158,25 @@ def _recipe(images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs:
     """All that decides the weights, for the cache to be recognised as stale."""
     data = hashlib.sha256(images.contiguous().numpy().data)
     data.update(labels.numpy().data)
-    settings = f"classes={num_classes} seed={seed} epochs={epochs} device={device.type}"
+    settings = f"classes={num_classes} seed={seed} epochs={epochs} device={device.type} architecture={ARCHITECTURE}"
     return f"data={data.hexdigest()} shape={tuple(images.shape)} {settings}"
 
 
 def _load_cached(model: FeatureClassifier, path: Path, recipe: str) -> bool:
-    """Fill `model` from `path` if that file was made by `recipe`."""
+    """Fill `model` from `path` if that file was made by `recipe`, and is whole."""
     if not path.exists():
         return False
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("recipe") != recipe:
-            return False
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("recipe") != recipe:
+                return False
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError:
+        return False
+    # loading weights that do not fit would raise with some of them in place
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in model.state_dict().items()}:
+        return False
+    model.load_state_dict(weights)
     model.eval().requires_grad_(False)
     return True
 

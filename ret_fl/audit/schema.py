@@ -187,11 +187,20 @@ class SuspectedDuplicate(Part):
 
 
 class Duplicates(Part):
-    """Suspects by loss. precision and recall: of the suspects against images that have exact copies, if any have."""
+    """Suspects by loss, lowest first; the list is cut.
+
+    examined: distinct training images whose losses were looked at. below: how many of them lie below the bar, listed or
+    not. precision and recall: of all below the bar against those examined that have exact copies, if any have. None in
+    audits made before it was kept: examined, below, z (the bar) and t_max (the timesteps looked at are below it).
+    """
 
     suspects: list[SuspectedDuplicate]
     precision: float | None
     recall: float | None
+    examined: int | None = None
+    below: int | None = None
+    z: float | None = None
+    t_max: int | None = None
 
 
 class Leakage(Part):

@@ -179,16 +179,22 @@ memorization about 1.44 are expected.</p>
 {% endif %}
 {% if leak.duplicates %}
 <h3>Suspected duplicates</h3>
-{% if leak.duplicates.suspects %}
-<p>{{ leak.duplicates.suspects | length }} training images have a loss far below the others', as images do that are in
-the data more than once.
-{%- if leak.duplicates.precision is not none %}
- {{ leak.duplicates.precision | percent }} of them are in it more than once.
+{% set found = leak.duplicates %}
+{% set below = found.below if found.below is not none else found.suspects | length %}
+{% if found.examined is not none %}
+<p>Examined: {{ "{:,}".format(found.examined) }} of {{ "{:,}".format(audit.data.distinct) }} distinct training
+images.</p>
+{% endif %}
+{% if found.suspects %}
+<p>{{ "{:,}".format(below) }} training {{ "image has" if below == 1 else "images have" }} a loss far below the others', as
+images do that are in the data more than once.
+{%- if found.precision is not none %}
+ {{ found.precision | percent }} of them are in it more than once.
 {%- endif %}
-{%- if leak.duplicates.recall is not none %}
- Of all images that are, {{ leak.duplicates.recall | percent }} are among them.
+{%- if found.recall is not none %}
+ Of all examined images that are, {{ found.recall | percent }} are among them.
 {%- endif %}
-{%- if leak.duplicates.suspects | length > suspects | length %} The first {{ suspects | length }}:{% endif %}</p>
+{%- if below > suspects | length %} The first {{ suspects | length }}:{% endif %}</p>
 <div class="tiles small">
 {% for s in suspects %}
 <div>{% if s.image %}<img src="{{ s.image.src }}" alt="{{ s.image.alt }}">{% endif %}
@@ -196,7 +202,7 @@ the data more than once.
 {% endfor %}
 </div>
 {% else %}
-<p>No training image has a loss so far below the others' that it looks like a duplicate.</p>
+<p>None has a loss so far below the others' that it looks like a duplicate.</p>
 {% endif %}
 {% endif %}
 </section>
