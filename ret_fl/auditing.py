@@ -19,9 +19,10 @@ from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.folder import save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
-from ret_fl.audit.ready import read_bytes
+from ret_fl.audit.pipelines import is_text_to_image, load_pixels, locate, require_text_to_image
+from ret_fl.audit.ready import read_bytes, read_images
 from ret_fl.audit.report import Pictures
-from ret_fl.audit.run import require_same_shape, run_audit
+from ret_fl.audit.run import require_enough, require_same_shape, run_audit
 from ret_fl.config import ConfigError, DataConfig, RunConfig, describe
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
@@ -134,8 +135,10 @@ def check_before_drawing(
 ) -> None:
     """Refuse what would else be refused after drawing, which may take hours.
 
-    Raises `ValueError`: sizes of images that differ, and image models that cannot take them.
+    Raises `ValueError`: sizes of images that differ, image models that cannot take them, ready images that cannot be
+    read, text-to-image without prompts, fewer than 4 training images.
     """
+    require_enough(data)
     for model in models:
         require_same_shape(data, _drawn_shape(model, drawing))
     for network in features:
@@ -143,11 +146,15 @@ def check_before_drawing(
 
 
 def _drawn_shape(model: Path, drawing: Drawing) -> tuple[int, int, int] | None:
-    """(C, H, W) of the images that `draw` will give; None where only drawing or reading them can tell."""
-    denoiser = load_denoiser(model, "cpu")
-    if denoiser is None:
+    """(C, H, W) of the images that `draw` will give; None where only drawing them can tell."""
+    kind, folder = locate(model)
+    if kind == "images":
+        _, *shape = read_images(model, drawing.image_size, drawing.channels, most=drawing.samples).shape
+        return shape[0], shape[1], shape[2]
+    if is_text_to_image(folder):
+        require_text_to_image(folder, drawing.prompts)
         return None
-    unet, _, fold = denoiser
+    unet, _, fold = load_pixels(folder)
     channels, height, width = image_shape(unet, fold)
     if drawing.image_size:
         height = width = drawing.image_size

@@ -86,7 +86,7 @@ def audit(
         ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, help="Calibrated distance ratio below which a sample is a copy.")
+        float, typer.Option(help="Calibrated distance ratio below which a sample is a copy, above 0.")
     ] = 0.3,
     image_size: Annotated[int, typer.Option(min=0, help="Side that images in files are brought to; 0 keeps.")] = 0,
     channels: Annotated[Colours, typer.Option(help="Colour that images in files are brought to.")] = Colours.auto,
@@ -163,8 +163,8 @@ def audit(
                 base = None
             else:
                 folder = out or Path("audits")
-                curve = checkpoint_models(early_stop or (), folder / "checkpoints")
                 real = open_data(source, reference or None, held_out or None, drawing)
+                curve = checkpoint_models(early_stop or (), folder / "checkpoints")
                 audits, base = compare(
                     models, real, folder, baseline=baseline, early_stop=curve, features=features or (),
                     drawing=drawing, options=options, leakage=leakage, on_stage=on_stage, on_drawn=on_drawn,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ret_fl.audit.folder import load_audit
 from ret_fl.audit.generate import Generated
-from ret_fl.audit.inputs import AuditData, Options
+from ret_fl.audit.inputs import AuditData, Options, distinct_rows
 from ret_fl.audit.run import run_audit
 from ret_fl.audit.schema import Audit
 from ret_fl.audit.similarity import similarity
@@ -223,6 +223,11 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
         lambda run, tmp: [run, "--reference", tmp / "small.npy"],
         ["reference images are 1x6x6", "--image-size"],
     ),
+    "a threshold that nothing lies below": (lambda run, tmp: [run, "--threshold", 0], ["threshold must be > 0"]),
+    "three training images": (
+        lambda run, tmp: [run, "--data", tmp / "three.npy"],
+        ["at least 4 distinct training images, got 3"],
+    ),
     "a device that is not there": (lambda run, tmp: [run, "--device", "cuda:99"], ["cuda:99"]),
 }
 
@@ -238,6 +243,7 @@ def test_an_audit_that_cannot_be_made_says_why_before_anything_is_drawn(
     np.save(folder / "train.npy", real.train.pixels().numpy())
     np.save(folder / "new.npy", real.held_out.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
     np.save(folder / "reference.npy", real.reference.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
+    np.save(folder / "three.npy", real.train.pixels(distinct_rows(real.train)[[0, 1, 2, 2]]).numpy())
     np.save(folder / "small.npy", np.arange(30 * 36, dtype=np.uint8).reshape(30, 6, 6))
     torch.jit.script(torch.nn.Conv2d(4, 4, 1)).save(folder / "four.pt")
     if words == ["no PNG"]:

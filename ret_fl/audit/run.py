@@ -76,9 +76,10 @@ def run_audit(
         `Audit.warnings`.
 
     Raises:
-        ValueError: images of the sets differ in shape, or as in `replication`.
+        ValueError: images of the sets differ in shape, fewer than 4 distinct training images, or as in `replication`.
     """
     options = options or Options()
+    require_enough(data)
     require_same_shape(data, tuple(generated.images.shape[1:]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -102,8 +103,8 @@ def run_audit(
         models: list[FeatureModel] = [_Remembering(model) for model in feature_models]
         for model in [*([classifier] if classifier else []), *models]:
             on_stage(f"quality in features of {model.name}")
-            if min(len(distinct_rows(data.train)), len(generated.images)) < FEWEST:
-                warnings.warn(f"no quality measured: it needs {FEWEST} samples and training images", stacklevel=1)
+            if len(generated.images) < FEWEST:
+                warnings.warn(f"no quality measured: it needs {FEWEST} samples", stacklevel=1)
                 break
             qualities.append(
                 fidelity(model, generated.images, held_out, train, seed=options.seed, memory_mb=options.memory_mb)
@@ -177,6 +178,12 @@ def _closest(generated: Generated, data: AuditData, worst: Sequence[schema.Worst
 
 def _pixels(store: SampleStore | None) -> Tensor | None:
     return store.pixels() if store is not None and len(store) else None
+
+
+def require_enough(data: AuditData) -> None:
+    """Refuse fewer distinct training images than any score needs. Raises `ValueError`."""
+    if (distinct := len(distinct_rows(data.train))) < FEWEST:
+        raise ValueError(f"an audit needs at least {FEWEST} distinct training images, got {distinct}")
 
 
 def require_same_shape(data: AuditData, generated: tuple[int, ...] | None = None) -> None:

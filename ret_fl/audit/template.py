@@ -186,8 +186,8 @@ memorization about 1.44 are expected.</p>
 images.</p>
 {% endif %}
 {% if found.suspects %}
-<p>{{ "{:,}".format(below) }} training {{ "image has" if below == 1 else "images have" }} a loss far below the others', as
-images do that are in the data more than once.
+<p>{{ "{:,}".format(below) }} training {{ "image has" if below == 1 else "images have" }} a loss far below the others',
+as images do that are in the data more than once.
 {%- if found.precision is not none %}
  {{ found.precision | percent }} of them are in it more than once.
 {%- endif %}
