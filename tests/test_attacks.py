@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
-from torch import nn
+from small_models import trained
 
 from ret_fl.audit.attacks import _duplicates, attack, takes
 from ret_fl.audit.generate import load_denoiser
@@ -20,7 +19,7 @@ from ret_fl.config import DataConfig, DiffusionConfig, ModelConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
-from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.diffusion.objective import make_scheduler
 from ret_fl.diffusion.sampling import save_pipeline
 
 SINGLE, REPEATED, COPIES, HELD_OUT = 55, 5, 10, 200
@@ -28,22 +27,6 @@ SINGLE, REPEATED, COPIES, HELD_OUT = 55, 5, 10, 200
 
 def silent(stage: str) -> None:
     """Nobody wants to know."""
-
-
-def trained(store: SampleStore, steps: int) -> UNet2DModel:
-    """A small U-Net after some steps on a store's images."""
-    unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), store.image_shape, 0, 0).train()
-    objective = Objective(make_scheduler(DiffusionConfig()), torch.device("cpu"))
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
-    torch.manual_seed(0)
-    for _ in range(steps):
-        x0, _ = store.fetch(torch.randint(len(store), (32,)))
-        t, noise = objective.draw(x0)
-        optimizer.zero_grad()
-        objective.losses(unet, x0, t, noise, None).mean().backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-    return unet
 
 
 @pytest.fixture(scope="module")
