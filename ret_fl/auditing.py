@@ -138,9 +138,9 @@ def check_before_drawing(
     Raises `ValueError`: sizes of images that differ, image models that cannot take them, ready images that cannot be
     read, text-to-image without prompts, fewer than 4 training images.
     """
-    require_enough(data)
     for model in models:
         require_same_shape(data, _drawn_shape(model, drawing))
+    require_enough(data)
     for network in features:
         network.features(data.train.pixels(np.arange(1)))
 

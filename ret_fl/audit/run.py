@@ -79,8 +79,8 @@ def run_audit(
         ValueError: images of the sets differ in shape, fewer than 4 distinct training images, or as in `replication`.
     """
     options = options or Options()
-    require_enough(data)
     require_same_shape(data, tuple(generated.images.shape[1:]))
+    require_enough(data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         known = background()
