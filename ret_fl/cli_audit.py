@@ -95,8 +95,7 @@ def audit(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the audit. [default: audit/ in a run, if images, data and threshold are those of its end; "
-            "else audits/]",
+            help="Folder of the audit. [default: audit/ in a run, if all is measured as at its end; else audits/]",
             show_default=False,
         ),
     ] = None,
@@ -152,7 +151,10 @@ def audit(
         )
         with _progress() as (on_stage, on_drawn):
             if alone:
-                folder = out or audit_folder(models[0], drawing, options, source, reference or None, held_out or None)
+                folder = out or audit_folder(
+                    models[0], drawing, options, source, reference or None, held_out or None,
+                    features=features or (), leakage=leakage,
+                )  # fmt: skip
                 audits = [
                     audit_model(
                         models[0], source, reference=reference or None, held_out=held_out or None,
@@ -174,8 +176,13 @@ def audit(
     if len(audits) > 1:
         wide_console().print(comparison_table(audits, base))
     for found in audits:
+        for text in found.warnings:
+            _warn(f"{found.model.name}: {text}")
+    for found in audits:
         typer.secho(verdict(found, base if found is not base else None), bold=True)
     typer.secho(f"\nResults: {folder}", fg=typer.colors.GREEN, bold=True)
+    if alone and out is None and is_run(models[0]) and folder != models[0] / "audit":
+        typer.echo(f"It measures otherwise than the audit at the run's end, which stays as it is in {models[0]}/audit.")
     for path in sorted([*folder.glob("*.html"), *folder.glob("*/report.html"), *folder.glob("*.png")]):
         typer.echo(f"  {path.relative_to(folder)}")
 

@@ -109,22 +109,40 @@ def test_an_audit_by_other_settings_leaves_the_runs_own_alone(
     audit, _ = load_audit(Path("audits/run"))
     assert (audit.model.samples, audit.model.seed, audit.model.steps) == (8, 5, 4)
     assert (run_dir / "audit" / "audit.json").read_bytes() == before
+    assert "stays as it is" in result.stdout
+    assert "warning: run: Frechet distance of 8 generated samples" in result.stderr
 
 
 def test_only_the_audit_of_its_own_images_and_data_goes_into_a_run(run_dir: Path) -> None:
     own = own_drawing(run_dir)
     assert audit_folder(run_dir, own, Options()) == run_dir / "audit"
-    assert audit_folder(run_dir, own, Options(members=10), str(run_dir)) == run_dir / "audit"
+    assert audit_folder(run_dir, own, Options(memory_mb=64), str(run_dir)) == run_dir / "audit"
     for drawing, options, sets in (
         (replace(own, seed=6), Options(), ()),
         (replace(own, image_size=16), Options(), ()),
         (own, Options(threshold=0.5), ()),
+        (own, Options(members=10), ()),
         (own, Options(), ("digits",)),
         (own, Options(), (None, "others.npy")),
         (own, Options(), (None, None, "others.npy")),
     ):
         assert audit_folder(run_dir, drawing, options, *sets) == Path("audits/run")
+    assert audit_folder(run_dir, own, Options(), leakage=False) == Path("audits/run")
+    assert audit_folder(run_dir, own, Options(), features=["sscd.pt"]) == Path("audits/run")
     assert audit_folder(run_dir / "final", Drawing(), Options()) == Path("audits/final")
+
+
+def test_models_of_one_name_have_audits_of_their_own(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for parent in ("a", "b"):
+        shutil.copytree(run_dir / "final", tmp_path / parent / "final")
+    for parent, folder in (("a", "final"), ("b", "b-final"), ("a", "final")):
+        model = Path(parent) / "final"
+        audit_model(model, run_dir, drawing=Drawing(4, steps=1), leakage=False)
+        assert load_audit(Path("audits") / folder)[0].model.path == str(model)
+    assert {p.name for p in Path("audits").iterdir()} == {"final", "b-final"}
 
 
 def test_ready_images_are_audited_against_a_folder(digits: AuditData, tmp_path: Path) -> None:

@@ -142,20 +142,23 @@ class Counted(SampleStore):
         return super().pixels(ids)
 
 
+@pytest.mark.parametrize(("one_split", "most"), [(True, 40), (False, 10)])
 def test_the_images_of_an_audit_are_chosen_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_split: bool, most: int
 ) -> None:
+    """From all sets. Where their labels may not agree they are not used, and every image counts four times."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for setting, value in (("CLASSIFIED", 40), ("READ", 7), ("PATIENCE", 0.0)):
         monkeypatch.setattr(run, setting, value)
     images, stages = photos(600), []
-    data = AuditData("photos", Counted(images[:400]), held_out=Counted(images[400:]), one_split=True)
+    data = AuditData("photos", Counted(images[:400]), held_out=Counted(images[400:]), one_split=one_split)
     model = run._classifier(data, Options(), stages.append)
     assert model is not None
+    assert model.name == (FeatureClassifier.name if one_split else OF_TURNS)
     read = [store.asked for store in (data.train, data.held_out) if isinstance(store, Counted)]
-    assert sum(map(sum, read)) == 40
+    assert sum(map(sum, read)) == most
     assert max(map(max, read)) <= 7
-    assert sum(read[0]) == pytest.approx(40 * 400 / 600, abs=1)
+    assert sum(read[0]) == pytest.approx(most * 400 / 600, abs=1)
     assert stages[0] == "a classifier of the data, for its features"
     assert stages[1:] == [f"{stages[0]}: {done} of 20 passes" for done in range(1, 21)]
 

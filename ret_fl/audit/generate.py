@@ -6,6 +6,7 @@ size, and drawing can stop and go on: every batch goes to disk, and only what is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +105,17 @@ def generate(
 def load_denoiser(model: Path, device: torch.device | str) -> Denoiser | None:
     """U-Net (on `device`, in eval mode), noise schedule and fold factor, for attacks that need losses.
 
-    None for ready images, text-to-image, and models that predict neither the noise nor the velocity. Raises as
-    `generate`.
+    None for ready images; with a warning for text-to-image, and for models that predict neither the noise nor the
+    velocity. Raises as `generate`.
     """
     kind, folder = locate(model)
-    if kind == "images" or is_text_to_image(folder):
+    if kind == "images":
+        return None
+    if is_text_to_image(folder):
+        warnings.warn("leakage left out: losses of text-to-image models need the captions", stacklevel=2)
         return None
     unet, scheduler, fold = load_pixels(folder)
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    if (predicted := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+        warnings.warn(f"leakage left out: no attack is known here for a model that predicts {predicted}", stacklevel=2)
         return None
     return unet.to(device).eval(), scheduler, fold

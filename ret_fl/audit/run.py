@@ -31,7 +31,7 @@ from ret_fl.audit.distances import Images
 from ret_fl.audit.features import FeatureModel
 from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
-from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, evenly_spread
+from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, spread_rows
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.similarity import similarity
 from ret_fl.data.store import SampleStore
@@ -53,7 +53,7 @@ def run_audit(
     generated: Generated,
     data: AuditData,
     *,
-    denoiser: Denoiser | None = None,
+    denoiser: Callable[[], Denoiser | None] = lambda: None,
     feature_models: Sequence[FeatureModel] = (),
     background: Callable[[], Background] = Background,
     options: Options | None = None,
@@ -65,9 +65,9 @@ def run_audit(
         path: where the model lies, for the record.
         generated: its images.
         data: what it was trained on, and real images it was not trained on.
-        denoiser: the model itself, for attacks by its losses; None leaves leakage out.
+        denoiser: gives the model itself, for attacks by its losses; None leaves leakage out.
         feature_models: for similarity and quality, beside the classifier of the data.
-        background: gives what a ret-fl run recorded; its warnings join the audit's.
+        background: gives what a ret-fl run recorded. Warnings of both join the audit's.
         options: how to measure.
         on_stage: told what is measured next.
 
@@ -116,8 +116,8 @@ def run_audit(
             similarities.append(similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb))
         leakage: schema.Leakage | None = None
         losses: dict[str, np.ndarray] = {}
-        if denoiser and takes(denoiser, data):
-            leakage, losses = attack(denoiser, data, known, options, on_stage)
+        if (loaded := denoiser()) and takes(loaded, data):
+            leakage, losses = attack(loaded, data, known, options, on_stage)
     audit = schema.Audit(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("ret-fl", "torch", "diffusers")}
@@ -220,37 +220,31 @@ def _data_info(data: AuditData) -> schema.DataInfo:
 def _classifier(data: AuditData, options: Options, on_stage: Stage) -> FeatureClassifier | None:
     """A classifier of all real images, each once: it favours neither those trained on nor those held out.
 
-    Of their classes, or without labels of how each is turned.
+    Of their classes, or of how each is turned: without labels, or where sets of several sources number their classes
+    each in its own way.
     """
     if min(data.train.image_shape[1:]) < MIN_SIDE:
         return None
     every_set = [s for s in (data.train, data.reference, data.held_out) if s is not None and len(s)]
-    labelled = data.train.num_classes >= 2 and data.train.labels is not None
-    if labelled:
-        # images of another origin number their classes in their own way
-        every_set = [s for s in every_set if s.labels is not None] if data.one_split else [data.train]
-    distinct = [torch.from_numpy(distinct_rows(s)) for s in every_set]
-    count = sum(map(len, distinct))
+    labels = [s.labels for s in every_set if s.labels is not None]
+    labelled = (data.one_split or len(every_set) == 1) and len(labels) == len(every_set)
+    labelled = labelled and len(torch.cat(labels).unique()) >= 2
     # chosen before any is read: the sets may be far larger
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[evenly_spread(count, CLASSIFIED if labelled else CLASSIFIED // TURNS)] = True
-    rows = [ids[part] for ids, part in zip(distinct, chosen.split([len(ids) for ids in distinct]), strict=True)]
-    labels = torch.cat(
-        [s.labels[ids] for s, ids in zip(every_set, rows, strict=True) if s.labels is not None] or [torch.empty(0)]
-    )
-    labelled = labelled and len(labels.unique()) >= 2
+    rows = spread_rows(every_set, CLASSIFIED if labelled else CLASSIFIED // TURNS)
     stage = "a classifier of the data, for its features"
     on_stage(stage)
     images = torch.cat(
         [small_images(s.pixels(part)) for s, ids in zip(every_set, rows, strict=True) for part in ids.split(READ)]
     )
-    if not labelled:
-        images, labels = turned(images)
+    if labelled:
+        target, classes = torch.cat([own[ids] for own, ids in zip(labels, rows, strict=True)]), data.train.num_classes
+    else:
+        (images, target), classes = turned(images), TURNS
     model = train_classifier(
         images,
-        labels,
-        data.train.num_classes if labelled else TURNS,
-        path=user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{count}.safetensors",
+        target,
+        classes,
+        path=user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{len(images)}.safetensors",
         device=options.device,
         on_progress=_unhurried(lambda done, total: on_stage(f"{stage}: {done} of {total} passes")),
     )
