@@ -22,6 +22,7 @@ def background_of(run: RunDir, data: AuditData) -> Background:
     images = sum(row["images"] for row in rows)
     measured = [row for row in rows if "train_loss" in row]
     last = measured[-1] if measured else {}
+    skips = _skips_by_timestep(config, rows)
     training = schema.Training(
         settings={s.key: s.value for s in changed if s.key not in ("out", "resume", "state-dir")},
         rounds=rows[-1]["round"] if rows else 0,
@@ -31,13 +32,14 @@ def background_of(run: RunDir, data: AuditData) -> Background:
         failures=sum(row["failures"] for row in rows),
         final_train_loss=last.get("train_loss"),
         final_held_out_loss=last.get("held_out_loss"),
+        skips=schema.SkipCurve(timesteps=skips[0].tolist(), share=skips[1].tolist()) if skips else None,
     )
     groups = {}
     if load_splits(config.data).train.fingerprint != data.train.fingerprint:
         warnings.warn(f"{run.path.name} was trained on other images than those it is audited against", stacklevel=2)
     elif run.ledger.is_file():
         groups = _tails(ShardLedger.load(run.ledger), config.report_tail)
-    return Background(training, groups, rows, _skips_by_timestep(config, rows))
+    return Background(training, groups, rows, skips)
 
 
 def _tails(ledger: ShardLedger, share: float) -> dict[str, np.ndarray]:

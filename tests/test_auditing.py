@@ -16,7 +16,7 @@ from PIL import Image
 
 from ret_fl.audit.folder import load_audit
 from ret_fl.audit.inputs import AuditData, Options, distinct_rows
-from ret_fl.audit.schema import Audit
+from ret_fl.audit.schema import Audit, Measuring
 from ret_fl.auditing import Drawing, audit_folder, audit_model, open_data, own_drawing
 from ret_fl.config import RunConfig
 
@@ -51,7 +51,11 @@ def test_a_run_ends_with_its_audit(run_dir: Path) -> None:
     assert audit.training.settings["data.canaries"] == 2
     assert any("1000" in w for w in audit.warnings)  # 12 samples are too few for a Frechet distance
     assert set(pictures.losses) == {"memorized", "high-loss", "others"}
-    assert pictures.skip_by_timestep is not None
+    assert {h.group: sum(h.counts) for h in audit.losses} == {n: len(v) for n, v in pictures.losses.items()}
+    assert pictures.skip_by_timestep is not None and audit.training.skips is not None
+    assert audit.training.skips.share == pictures.skip_by_timestep[1].tolist()
+    assert (audit.model.prompts, audit.model.guidance, audit.model.image_size) == ([], None, 0)
+    assert audit.measuring == Measuring(members=2000, seed=5, device="cpu")
     html = (run_dir / "audit" / "report.html").read_text()
     assert "audited" in html
     assert "http" not in html.split("<body")[0].replace("http-equiv", "")

@@ -28,6 +28,7 @@ class TestTextToImage:
         assert found.images.min() >= 0 and found.images.max() <= 1
         for size in (1, 2):
             assert_same(self.draw(folder, batch_size=size), found.images)
+        assert (found.prompts, found.guidance) == (("a cat", "a dog", "zzz"), 7.5)
         other = self.draw(folder, prompts=["a cat", "mm", "zzz"], guidance=20.0)
         same = self.draw(folder, prompts=["a cat", "a dog", "zzz"], guidance=20.0)
         assert [torch.equal(a, b) for a, b in zip(other, same, strict=True)] == [True, False, True, True, False]

@@ -164,6 +164,11 @@ def _settings(audit: Audit) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Audited", {
             "model": model.name, "path": model.path, "kind": kind[model.kind], "samples": model.samples,
             "seed of the noise": model.seed, "sampling steps": model.steps, "parameters": model.parameters,
+            "prompts": len(model.prompts) or None, "guidance": model.guidance,
+            "brought to side": model.image_size or None,
+            "brought to colours": None if model.channels == "auto" else model.channels,
+            "device": audit.measuring.device if audit.measuring else None,
+            "images in membership inference, at most": audit.measuring.members if audit.measuring else None,
         }),
         ("Data", {
             "source": data.source, "images": f"{width} x {height}, {channels} channel{'s' * (channels != 1)}",

@@ -32,6 +32,7 @@ from ret_fl.audit.features import FeatureModel
 from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, spread_rows
+from ret_fl.audit.losses import loss_histograms
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.similarity import similarity
 from ret_fl.data.store import SampleStore
@@ -130,6 +131,10 @@ def run_audit(
             seed=generated.seed,
             steps=generated.steps,
             parameters=generated.parameters,
+            prompts=list(generated.prompts),
+            guidance=generated.guidance,
+            image_size=generated.image_size,
+            channels=generated.channels,
         ),
         data=_data_info(data),
         replication=copies,
@@ -137,6 +142,8 @@ def run_audit(
         fidelity=qualities,
         leakage=leakage,
         training=known.training,
+        losses=loss_histograms(losses),
+        measuring=schema.Measuring(members=options.members, seed=options.seed, device=str(options.device)),
         warnings=list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))),
     )
     suspects = leakage.duplicates.suspects if leakage and leakage.duplicates else []

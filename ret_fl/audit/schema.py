@@ -27,7 +27,11 @@ class Interval(Part):
 
 
 class ModelInfo(Part):
-    """What was audited. kind: a ret-fl run, a diffusers pipeline, or images without a model."""
+    """What was audited, and how its images were drawn or read.
+
+    kind: a ret-fl run, a diffusers pipeline, or images without a model. prompts, guidance: of text-to-image. image_size
+    (0: their own), channels: what the images were brought to; None in audits made before it was kept.
+    """
 
     name: str
     path: str
@@ -36,6 +40,18 @@ class ModelInfo(Part):
     seed: int | None
     steps: int | None
     parameters: int | None
+    prompts: list[str] = []
+    guidance: float | None = None
+    image_size: int | None = None
+    channels: Literal["auto", "grey", "rgb"] | None = None
+
+
+class Measuring(Part):
+    """How it was measured. members: images of each side whose losses were looked at, at most. seed: of all choices."""
+
+    members: int
+    seed: int
+    device: str
 
 
 class Fingerprints(Part):
@@ -122,8 +138,8 @@ class Replication(Part):
 class Similarity(Part):
     """Cosine similarity to the most similar training image in the features of an image model.
 
-    percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers. background: the same
-    numbers of training images against the other training images; floor: of held-out images.
+    percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers. floor_*: the same of
+    held-out images. background_percentile_95: of training images against the other training images.
     """
 
     features: str
@@ -133,6 +149,7 @@ class Similarity(Part):
     above_half: float
     floor_percentile_95: float | None
     background_percentile_95: float | None
+    floor_above_half: float | None = None
 
 
 class Fidelity(Part):
@@ -209,6 +226,22 @@ class Leakage(Part):
     duplicates: Duplicates | None
 
 
+class LossHistogram(Part):
+    """Losses of training samples of one group: `counts` of them between neighbouring `edges`, alike for all groups."""
+
+    group: str
+    median: float
+    edges: list[float]
+    counts: list[int]
+
+
+class SkipCurve(Part):
+    """Share of draws that training skipped, by the timestep they were drawn at."""
+
+    timesteps: list[float]
+    share: list[float]
+
+
 class Training(Part):
     """What a run's folder tells: settings off their defaults, and metrics.jsonl reduced to what the report draws."""
 
@@ -220,6 +253,7 @@ class Training(Part):
     failures: int
     final_train_loss: float | None
     final_held_out_loss: float | None
+    skips: SkipCurve | None = None
 
 
 class Audit(Part):
@@ -236,3 +270,5 @@ class Audit(Part):
     leakage: Leakage | None
     training: Training | None
     warnings: list[str]
+    losses: list[LossHistogram] = []
+    measuring: Measuring | None = None

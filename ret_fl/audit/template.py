@@ -214,11 +214,12 @@ as images do that are in the data more than once.
 {% set rows = [] %}
 {% for s in audit.similarity %}
 {{ "" if rows.append((s.features, s.mean | number, s.percentile_50 | number, s.percentile_95 | number,
-  s.floor_percentile_95 | number, s.background_percentile_95 | number, s.above_half | percent)) }}
+  s.floor_percentile_95 | number, s.background_percentile_95 | number, s.above_half | percent,
+  s.floor_above_half | percent)) }}
 {% endfor %}
 {{ scrolling("Similarity in feature models",
   ["features", "mean", "median", "95th percentile", "of held-out images", "of training images among themselves",
-   "samples above 0.5"], rows) }}
+   "samples above 0.5", "held-out images above 0.5"], rows) }}
 </section>
 {% endif %}
 
