@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audits import FEW, make_audit, make_fidelity, make_replication, on_other_data
+from audits import COPIES, FEW, make_audit, make_fidelity, make_rate, make_replication, on_other_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -152,6 +152,16 @@ def test_a_cut_list_of_suspects_says_how_many_there_are(tmp_path: Path) -> None:
     assert "1,234 training images have a loss far below" in text and "The first 1:" in text
     older = render(tmp_path, make_audit())
     assert "1 training image has a loss" in older and "Examined" not in older
+
+
+def test_pairs_and_counts_follow_the_variant_that_the_verdict_speaks_of(tmp_path: Path, pictures: Pictures) -> None:
+    rates = [make_rate(FEW, distinct=2), make_rate(COPIES, variant="shift", distinct=77)]
+    moved = make_replication(rates, worst_variant="shift")
+    text = render(tmp_path, make_audit(replication=moved), pictures)
+    assert "Distinct training images copied, moved by a pixel 77" in text
+    assert "moved by up to a pixel, as the verdict's copies show so" in text
+    assert "distance 0.04" in text  # of the moved image, not of the one shown
+    assert "moved by up to a pixel," not in render(tmp_path, make_audit(), pictures)
 
 
 def test_distances_of_pairs_are_those_of_the_pictures(tmp_path: Path) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from ret_fl.audit.finding import headline_rate
 from ret_fl.audit.schema import Audit, CopyRate, DataInfo, Fidelity, Interval, Membership
 
-HEADLINE_THRESHOLD = 0.3
 NO_DIFFERENCE = "no clear difference"
 T = TypeVar("T")
 
 
 def headline(audit: Audit) -> CopyRate | None:
-    """The copy rate that stands for the model: by pixels, at .3 if that was measured."""
-    pixels = [rate for rate in audit.replication.copy_rates if rate.variant == "pixels"]
-    usual = [rate for rate in pixels if rate.threshold == HEADLINE_THRESHOLD]
-    return next(iter(usual + pixels + audit.replication.copy_rates), None)
+    """The copy rate that stands for the model, as `headline_rate`."""
+    return headline_rate(audit.replication.copy_rates)
 
 
 def find(items: Iterable[T], **wanted: object) -> T | None:

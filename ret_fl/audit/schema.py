@@ -115,7 +115,10 @@ class CarliniShare(Part):
 
 
 class WorstCopy(Part):
-    """A sample beside its nearest training image: calibrated ratio (None without reference), squared distance."""
+    """A sample beside its nearest training image: calibrated ratio (None without reference), squared distance.
+
+    Both in the variant named by `Replication.worst_variant`.
+    """
 
     sample: int
     train: int
@@ -124,7 +127,11 @@ class WorstCopy(Part):
 
 
 class Replication(Part):
-    """Copies by pixels. distance: median squared distance to the nearest training image, of samples and held-out."""
+    """Copies by pixels. distance: median squared distance to the nearest training image, of samples and held-out.
+
+    worst: the sample closest to each training image, closest first, in the variant of the copy rate that the verdict
+    speaks of; worst_variant is None in audits made before it was kept, all by pixels.
+    """
 
     copy_rates: list[CopyRate]
     k: int
@@ -133,6 +140,7 @@ class Replication(Part):
     distance: float
     held_out_distance: float | None
     worst: list[WorstCopy]
+    worst_variant: Literal["pixels", "shift", "flip"] | None = None
 
 
 class Similarity(Part):

@@ -19,6 +19,7 @@ from ret_fl.audit.counterparts import (
     same_membership,
     same_rate,
 )
+from ret_fl.audit.finding import find_copies
 from ret_fl.audit.plane import plane_features
 from ret_fl.audit.schema import Audit, Fidelity
 from ret_fl.audit.words import NONE, bits, number, percent, plain_interval, points, two_digits, with_interval
@@ -72,7 +73,9 @@ def _copy_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
         if first.above_floor is not None:
             add("Copy rate above the floor", points(first.above_floor), "0",
                 _show(same, lambda other: points(other.above_floor)))  # fmt: skip
-        add("Distinct training images copied", f"{first.distinct:,}", base=_show(same, lambda o: f"{o.distinct:,}"))
+        telling = find_copies(own.copy_rates)[1] or first
+        add(f"Distinct training images copied, {VARIANTS[telling.variant]}", f"{telling.distinct:,}",
+            base=_show(same_rate(telling, baseline), lambda o: f"{o.distinct:,}"))  # fmt: skip
         if first.canary is not None:
             add("Samples that copy a canary", percent(first.canary), base=_show(same, lambda o: percent(o.canary)))
         if first.ordinary is not None:

@@ -94,7 +94,10 @@ samples' place for quality: what a model that copies everything would score.</p>
 <h2 id="worst">Closest to training images</h2>
 <p>Samples that lie closest to a training image, worst first.
 {%- if threshold is not none %} Ratio: squared distance to that image over that to the nearest real image never trained
-on; below {{ "%g" | format(threshold) }} the sample counts as a copy.{% endif %}</p>
+on; below {{ "%g" | format(threshold) }} the sample counts as a copy.{% endif %}
+{%- if audit.replication.worst_variant in ("shift", "flip") %} Both were measured with training and reference images
+{{ "moved by up to a pixel" if audit.replication.worst_variant == "shift" else "mirrored where that brings them closer"
+}}, as the verdict's copies show so; the training image is shown as it is.{% endif %}</p>
 {% if pairs %}
 <div class="tiles">
 {% for pair in pairs %}
