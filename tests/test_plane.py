@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from audits import COPIES, FEW, make_audit
+from audits import COPIES, FEW, make_audit, make_fidelity
 from PIL import Image
 
-from ret_fl.audit.plane import plane_figure, plane_points
+from ret_fl.audit.plane import plane_features, plane_figure, plane_points
 from ret_fl.audit.schema import Interval
 
 
@@ -24,6 +24,15 @@ def test_the_plane_holds_every_audit_that_has_a_place(tmp_path: Path) -> None:
         assert any("good" in label for label in labels)
         low, high = axes.get_xlim()
         assert low == 0 and high >= COPIES.high
-    assert len(plane_points([bare], "classifier")) == 0
+    assert len(plane_points([bare], make_fidelity())) == 0
     with pytest.raises(ValueError, match="audit with a reference set"):
         plane_figure([bare], None, [])
+
+
+def test_features_of_another_training_of_the_classifier_have_no_place_beside_these() -> None:
+    one, other = make_fidelity(recipe="a"), make_fidelity(recipe="b")
+    audits = [make_audit(str(i), fidelity=[f]) for i, f in enumerate([other, one, one])]
+    features = plane_features(audits)
+    assert features == one
+    assert [p.label for p in plane_points(audits, features)] == ["1", "2"]
+    assert len(plane_points(audits, make_fidelity())) == 3  # an older audit knows the name alone

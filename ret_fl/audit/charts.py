@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ret_fl.audit import plots
 from ret_fl.audit.counterparts import headline
+from ret_fl.audit.losses import loss_histograms
 from ret_fl.audit.plane import plane_features, plane_panel, plane_points
 from ret_fl.audit.schema import Audit
 from ret_fl.audit.tables import VARIANTS
@@ -56,13 +57,10 @@ def quantity_chart(audit: Audit, baseline: Audit | None) -> Chart | None:
 
 def loss_chart(losses: Mapping[str, np.ndarray]) -> Chart | None:
     """Losses of samples by group, or None without finite ones."""
-    groups = {name: np.asarray(values, float) for name, values in losses.items()}
-    known = {name: values[np.isfinite(values)] for name, values in groups.items() if np.isfinite(values).any()}
+    known = loss_histograms(losses)
     if not known:
         return None
-    alt = "; ".join(
-        f"{name}: {len(v):,} samples, median loss {number(float(np.median(v)))}" for name, v in known.items()
-    )
+    alt = "; ".join(f"{g.group}: {sum(g.counts):,} samples, median loss {number(g.median)}" for g in known)
     note = "Bars of each group add up to 100 %. Memorized samples lose little because the model knows them by heart."
     return _chart(plots.loss_figure(known), "losses", "Losses of training samples", alt, note)
 

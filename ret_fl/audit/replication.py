@@ -252,7 +252,6 @@ def excess(
 
 def require_threshold(threshold: float) -> None:
     """Raises `ValueError` unless it is above 0."""
-    """Raises `ValueError` unless it is above 0."""
     if not threshold > 0:
         raise ValueError(f"threshold must be > 0 (0.3 by default), got {threshold}")
 

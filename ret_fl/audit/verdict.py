@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
-from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_fidelity, same_rate
+from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_data, same_fidelity, same_rate
 from ret_fl.audit.fidelity import ENOUGH_SAMPLES
+from ret_fl.audit.finding import Finding, find_copies
 from ret_fl.audit.schema import Audit, CopyRate, Interval
 from ret_fl.audit.words import number, percent, with_interval
 
@@ -13,15 +12,6 @@ HARDLY_LEARNED = 2.0
 """Samples this many times as far from the training images as real images are: the model has hardly learned."""
 LESS_TRAINED = 1.1
 """Quality worse than the baseline's by this factor may explain fewer copies."""
-
-
-class Finding(Enum):
-    """What the copy rate says: value is the word shown beside the verdict."""
-
-    COPIES = "copies"
-    MAYBE = "unclear"
-    NONE = "no copies shown"
-    UNKNOWN = "no verdict"
 
 
 def verdict(audit: Audit, baseline: Audit | None = None) -> str:
@@ -38,7 +28,7 @@ def verdict(audit: Audit, baseline: Audit | None = None) -> str:
 def judge(audit: Audit, baseline: Audit | None = None) -> tuple[Finding, str]:
     """The finding behind `verdict`, and its sentence."""
     name, count = audit.model.name, f"{audit.model.samples:,}"
-    finding, rate = _finding(audit)
+    finding, rate = find_copies(audit.replication.copy_rates)
     if rate is None:
         main = (
             f"Whether samples of {name} copy training images cannot be told: without reference images, real ones that "
@@ -60,29 +50,6 @@ def judge(audit: Audit, baseline: Audit | None = None) -> tuple[Finding, str]:
         }[finding]
     parts = [main, *_caveats(audit, finding), *_against_baseline(audit, baseline)]
     return finding, "; ".join(parts) + "."
-
-
-def _finding(audit: Audit) -> tuple[Finding, CopyRate | None]:
-    """By pixels first; the variants may find copies that pixels do not show."""
-    first = headline(audit)
-    if first is None:
-        return Finding.UNKNOWN, None
-    rates = [first, *(r for r in audit.replication.copy_rates if r.threshold == first.threshold and r is not first)]
-    for finding in (Finding.COPIES, Finding.MAYBE):
-        for rate in rates:
-            if _finding_of(rate) is finding:
-                return finding, rate
-    return _finding_of(first), first
-
-
-def _finding_of(rate: CopyRate) -> Finding:
-    if rate.floor is None:
-        return Finding.UNKNOWN
-    if rate.rate.low > rate.floor.high:
-        return Finding.COPIES
-    if rate.above_floor is not None and rate.above_floor.low > 0:
-        return Finding.MAYBE
-    return Finding.NONE
 
 
 def _rate_text(share: Interval) -> str:
@@ -119,11 +86,13 @@ def _against_baseline(audit: Audit, baseline: Audit | None) -> list[str]:
     rate = headline(audit)
     if baseline is None or rate is None or baseline == audit:
         return []
-    other = same_rate(rate, baseline)
     name = baseline.model.name
+    if not same_data(audit, baseline):
+        return [f"its baseline {name} was audited against other images, so the two are not compared"]
+    other = same_rate(rate, baseline)
     if other is None:
         return [f"its baseline {name} has no copy rate to compare with"]
-    by = "" if rate is _finding(audit)[1] else f" by pixels ({percent(rate.rate.value)})"
+    by = "" if rate is find_copies(audit.replication.copy_rates)[1] else f" by pixels ({percent(rate.rate.value)})"
     change = difference(rate.rate, other.rate)
     if change == NO_DIFFERENCE:
         return [f"there is {NO_DIFFERENCE}{by} to the baseline {name}, {with_interval(other.rate)}"]
