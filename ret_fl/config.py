@@ -143,7 +143,7 @@ class AgcConfig(Section):
         "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
     )
     mem_ratio: float = Field(
-        2.0, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        1.25, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
@@ -220,7 +220,7 @@ class RunConfig(Section):
     resume: str = Field("", description="Folder of an interrupted run to go on with.")
     seed: int = Field(0, ge=0, description="Seed of weights, batches, noise and moves.")
     num_server_rounds: int = Field(20, ge=1, description="R. A round is one phase of local training on every shard.")
-    shards: int = Field(4, ge=1, description="K, the number of proxies; each trains on its own shard.")
+    shards: int = Field(2, ge=1, description="K, the number of proxies; each trains on its own shard.")
     local_epochs: int = Field(10, ge=1, description="E, passes of a proxy over its shard in one round.")
     batch_size: int = Field(32, ge=1, description="B, images a training step.")
     aggregate_every: int = Field(
