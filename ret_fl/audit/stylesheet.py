@@ -35,8 +35,8 @@ a { color: var(--blue); }
 }
 .verdict b { display: block; color: var(--tone); font-size: .9375rem; margin-bottom: .25rem; }
 .verdict p { font-size: 1.25rem; line-height: 1.5; margin: 0; max-width: none; }
-.copies { --tone: var(--red); } .maybe { --tone: var(--amber); }
-.none { --tone: var(--green); } .unknown { --tone: var(--muted); }
+.copies { --tone: var(--red); } .maybe, .tells { --tone: var(--amber); }
+.none { --tone: var(--green); } .unknown, .unlearned { --tone: var(--muted); }
 
 .cards {
   display: grid;

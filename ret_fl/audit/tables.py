@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ret_fl.audit.counterparts import difference, find, headline, same_fidelity, same_membership, same_rate
+from ret_fl.audit.members import ATTACKS, strongest_attack
 from ret_fl.audit.plane import plane_features
 from ret_fl.audit.schema import Audit
 from ret_fl.audit.words import NONE, bits, number, percent, plain_interval, points, two_digits, with_interval
 
 HEADLINE_TAUS = (0.15, 0.5)
 VARIANTS = {"pixels": "by pixels", "shift": "moved by a pixel", "flip": "mirrored"}
-ATTACKS = {"loss": "by loss", "pia": "by PIA"}
 QUALITIES: tuple[tuple[str, Callable[[float | None], str], str], ...] = (
     ("Fréchet distance", number, "frechet"),
     ("KID", number, "kid"),
@@ -125,8 +125,6 @@ def comparison_rows(audits: Sequence[Audit], baseline: Audit | None) -> list[tup
 def _compared(audit: Audit, baseline: Audit | None, features: str | None) -> tuple[str, ...]:
     rate, fidelity = headline(audit), find(audit.fidelity, features=features)
     quantities = [find(audit.replication.memorized, tau=tau) for tau in HEADLINE_TAUS]
-    membership = audit.leakage.membership if audit.leakage else []
-    attack = find(membership, attack="loss") or next(iter(membership), None)
     return (
         audit.model.name,
         _show(rate, lambda r: with_interval(r.rate)),
@@ -136,7 +134,7 @@ def _compared(audit: Audit, baseline: Audit | None, features: str | None) -> tup
         _show(fidelity, lambda f: number(f.frechet)),
         _show(fidelity, lambda f: percent(f.precision)),
         _show(fidelity, lambda f: percent(f.recall)),
-        _show(attack, lambda a: f"{a.auc.value:.3f}"),
+        _show(strongest_attack(audit), lambda a: f"{a.auc.value:.3f} {ATTACKS[a.attack]}"),
     )
 
 
