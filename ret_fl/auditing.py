@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,18 +20,18 @@ from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.folder import save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
-from ret_fl.audit.ready import read_images
+from ret_fl.audit.ready import as_options, read_images
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import require_same_shape, run_audit
 from ret_fl.config import ConfigError, DataConfig, RunConfig, describe
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
+from ret_fl.dataspec import builtin_splits, is_builtin, require_named
 from ret_fl.diffusion.sampling import image_shape
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 
 Channels = Literal["auto", "grey", "rgb"]
-BUILTIN = tuple(s for s in get_args(DataConfig.model_fields["source"].annotation) if s not in ("image-folder", "hf"))
 SAMPLES = "samples"
 """Folder of drawn images inside an audit's, so that an interrupted audit goes on where it was."""
 HELD_OUT = 0.2
@@ -233,10 +233,11 @@ def open_data(
         FileNotFoundError: no such .npy file.
     """
     drawing = drawing or Drawing()
+    require_named(data, reference, held_out)
     if is_run(Path(data)):
         opened = data_of(RunDir.existing(data).read_config())
-    elif str(data) in BUILTIN and not Path(data).exists():
-        opened = _from_splits(str(data), load_splits(DataConfig.model_validate({"source": str(data)})))
+    elif is_builtin(data):
+        opened = _from_splits(str(data), builtin_splits(str(data)))
     elif (Path(data) / "model_index.json").is_file():
         raise ConfigError(f"{data} is a model without its training images: name them by --data")
     else:
@@ -273,7 +274,10 @@ def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
             "channels": drawing.channels,
         }
     )
-    found = load_images(config)
+    try:
+        found = load_images(config)
+    except ConfigError as error:
+        raise ConfigError(as_options(error, spec)) from error
     return SampleStore(found.images, found.labels, found.num_classes)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ret_fl.audit import schema
 from ret_fl.audit.distances import MEMORY_MB
+from ret_fl.audit.replication import require_threshold
 from ret_fl.data.store import SampleStore
 
 
@@ -47,6 +48,9 @@ class Options:
     seed: int = 0
     device: torch.device | str = "cpu"
     memory_mb: int = MEMORY_MB
+
+    def __post_init__(self) -> None:
+        require_threshold(self.threshold)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,13 @@ def run_audit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         known = background()
+        if generated.left_out:
+            taken, count = len(generated.images), len(generated.images) + generated.left_out
+            warnings.warn(
+                f"{taken:,} of {count:,} images of {generated.name} were audited, evenly spread: "
+                f"--samples {count} takes all",
+                stacklevel=1,
+            )
         train, held_out = data.train.pixels(), _pixels(data.held_out)
         on_stage("copies")
         copies, _ = replication(
