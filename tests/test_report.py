@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from ret_fl.audit.report import Pictures, write_report
-from ret_fl.audit.schema import Audit, Interval
+from ret_fl.audit.schema import Audit, Interval, MemorizedQuantity
 from ret_fl.audit.tables import comparison_table
 from ret_fl.audit.verdict import verdict
 from ret_fl.pictures import Pairs
@@ -219,6 +219,21 @@ def test_the_report_shows_plane_and_comparison_of_several(tmp_path: Path) -> Non
     assert "copy-quality plane" not in render(tmp_path, make_audit())
 
 
+def test_captions_say_what_is_there(tmp_path: Path) -> None:
+    """No dashed line without held-out images, no learning by heart where losses overlap."""
+    rng = np.random.default_rng(0)
+    apart = {"memorized": rng.uniform(0.01, 0.02, 50), "others": rng.uniform(0.03, 0.05, 50)}
+    text = render(tmp_path, make_audit(), Pictures(losses=apart))
+    assert "above the dashed line" in text and "by heart" in text and "rewards copying" not in text
+    bare = [MemorizedQuantity(tau=tau, generated=tau, floor=None) for tau in (0.15, 0.5)]
+    trained_on = [make_fidelity(against="train", real_frechet=None)]
+    audit = make_audit(replication=make_replication([], memorized=bare), fidelity=trained_on)
+    text = render(tmp_path, audit, Pictures(losses=apart | {"memorized": rng.uniform(0.01, 0.05, 50)}))
+    assert "dashed line" not in text and "Without held-out images nobody knows" in text
+    assert "by heart" not in text and "The groups overlap" in text
+    assert "Quality rewards copying here" in text and "less is better, and rewards copying" in text
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     if CHROMIUM is None:
@@ -243,14 +258,17 @@ def test_the_page_in_chromium(tmp_path: Path, browser: str, pictures: Pictures, 
         f"<body style='margin:0'><iframe src='a/report.html' style='border:0;width:{width}px;height:1400px'></iframe>"
         "<script>onload = () => { const d = document.querySelector('iframe').contentDocument.documentElement;"
         "document.title = [d.scrollWidth, d.clientWidth, d.querySelectorAll('svg').length,"
-        "[...d.querySelectorAll('img')].every(i => i.naturalWidth > 0)].join(' ') }</script>"
+        "[...d.querySelectorAll('img')].every(i => i.naturalWidth > 0),"
+        "[...d.querySelectorAll('.stack tbody th, .stack td')].some(c => c.scrollWidth > c.clientWidth + 1)].join(' ')"
+        "}</script>"
     )
     shot = tmp_path / "shot.png"
     window = f"--window-size={max(width, 500)},1400"
     dom = run_browser(browser, tmp_path / "profile", window, f"--screenshot={shot}", "--dump-dom", frame.as_uri())
-    title = re.search(r"<title>(\d+) (\d+) (\d+) (\w+)</title>", dom)
+    title = re.search(r"<title>(\d+) (\d+) (\d+) (\w+) (\w+)</title>", dom)
     assert title is not None, dom
-    content, room, charts, images_load = title.groups()
+    content, room, charts, images_load, cells_cut = title.groups()
+    assert cells_cut == "false"
     assert int(content) == int(room) == width
     assert int(charts) == 10 and images_load == "true"
     picture = Image.open(shot).convert("RGB")

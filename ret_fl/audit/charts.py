@@ -49,7 +49,9 @@ def quantity_chart(audit: Audit, baseline: Audit | None) -> Chart | None:
     if not memorized:
         return None
     alt = "; ".join(f"tau {m.tau:g}: {percent(m.generated)}, floor {percent(m.floor)}" for m in memorized)
-    note = "Only what rises above the dashed line is more than real images that were never trained on would score."
+    dashed = "Only what rises above the dashed line is more than real images that were never trained on would score."
+    missing = "Without held-out images nobody knows how much of it real images that were never trained on would score."
+    note = missing if all(m.floor is None for m in memorized) else dashed
     with_points = baseline if baseline is not None and baseline != audit and baseline.replication.memorized else None
     return _chart(plots.quantity_figure(audit, with_points), "mq", "Memorized quantity by threshold", alt, note)
 
@@ -63,8 +65,17 @@ def loss_chart(losses: Mapping[str, np.ndarray]) -> Chart | None:
     alt = "; ".join(
         f"{name}: {len(v):,} samples, median loss {number(float(np.median(v)))}" for name, v in known.items()
     )
-    note = "Bars of each group add up to 100 %. Memorized samples lose little because the model knows them by heart."
+    note = f"Bars of each group add up to 100 %.{_told_apart(known)}"
     return _chart(plots.loss_figure(known), "losses", "Losses of training samples", alt, note)
+
+
+def _told_apart(groups: Mapping[str, np.ndarray]) -> str:
+    """Whether nearly all memorized samples lose less than nearly all others."""
+    if not {"memorized", "others"} <= set(groups):
+        return ""
+    if np.quantile(groups["memorized"], 0.9) < np.quantile(groups["others"], 0.1):
+        return " Memorized samples lose little because the model knows them by heart."
+    return " The groups overlap: these losses do not tell the samples that training took for memorized from others."
 
 
 def skip_chart(skip_by_timestep: tuple[np.ndarray, np.ndarray] | None) -> Chart | None:

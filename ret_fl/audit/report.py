@@ -124,13 +124,16 @@ def _cards(audit: Audit, baseline: Audit | None) -> list[Card]:
         cards.append(Card("Copy rate", percent(rate.rate.value), f"{low} to {high} %", floor + beside))
     for own in audit.fidelity[:1]:
         same = same_fidelity(own, baseline)
+        copying = ", and rewards copying" if own.against == "train" else ""
         real = [("training images", number(own.real_frechet))] if own.real_frechet is not None else []
         beside = _beside(same, lambda other: number(other.frechet))
-        cards.append(Card("Fréchet distance", number(own.frechet), "less is better", real + beside))
+        cards.append(Card("Fréchet distance", number(own.frechet), f"less is better{copying}", real + beside))
         perfect = _both(own.real_precision, own.real_recall)
         real = [("training images", perfect)] if perfect != NONE else []
         beside = _beside(same, lambda other: _both(other.precision, other.recall))
-        cards.append(Card("Precision / recall", _both(own.precision, own.recall), "more is better", real + beside))
+        cards.append(
+            Card("Precision / recall", _both(own.precision, own.recall), f"more is better{copying}", real + beside)
+        )
     if (attack := strongest_attack(audit)) is not None:
         beside = _beside(same_membership(attack, baseline), lambda other: plain_interval(other.auc))
         label, interval = f"Membership AUC {ATTACKS[attack.attack]}", f"{attack.auc.low:.3f} to {attack.auc.high:.3f}"

@@ -112,6 +112,11 @@ def run_audit(
             if min(len(distinct_rows(data.train)), len(generated.images)) < FEWEST:
                 warnings.warn(f"no quality measured: it needs {FEWEST} samples and training images", stacklevel=1)
                 break
+            if held_out is None:
+                warnings.warn(
+                    "quality is measured against the training images, as none are held out: it rewards copying",
+                    stacklevel=1,
+                )
             qualities.append(fidelity(model, generated.images, held_out, train, seed=options.seed))
         for model in models:
             on_stage(f"similarity in features of {model.name}")
