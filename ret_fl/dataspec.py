@@ -10,7 +10,7 @@ from ret_fl.data.folder import IMAGE_SUFFIXES
 from ret_fl.data.sources import DataSplits, load_splits
 
 BUILTIN = tuple(s for s in get_args(DataConfig.model_fields["source"].annotation) if s not in ("image-folder", "hf"))
-FORMS = "a folder of images, a .npy or parquet file, a save_to_disk folder, or a hub dataset as owner/name"
+FORMS = "a folder of images, a .npy or parquet file, a save_to_disk folder or a hub dataset as owner/name"
 
 
 def require_named(data: str | Path, reference: str | Path | None, held_out: str | Path | None) -> None:
@@ -18,7 +18,7 @@ def require_named(data: str | Path, reference: str | Path | None, held_out: str 
 
     Raises `ConfigError`, which names the option and what it may be.
     """
-    _require_images("--data", data, f"a run's folder, {FORMS}, or one of {', '.join(BUILTIN)}")
+    _require_images("--data", data, f"one of {', '.join(BUILTIN)}, a run's folder, {FORMS}")
     for option, spec in (("--reference", reference), ("--held-out", held_out)):
         if spec is not None:
             _require_images(option, spec, FORMS)

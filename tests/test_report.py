@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from ret_fl.audit.plots import interval_figure
 from ret_fl.audit.report import Pictures, write_report
 from ret_fl.audit.schema import Audit, Interval, MemorizedQuantity
 from ret_fl.audit.tables import comparison_table
 from ret_fl.audit.verdict import verdict
-from ret_fl.pictures import Pairs
+from ret_fl.pictures import RED, Pairs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = """<script>alert("1")</script> & 'x' $\\frac{1}$"""
@@ -217,6 +219,18 @@ def test_the_report_shows_plane_and_comparison_of_several(tmp_path: Path) -> Non
     text = render(tmp_path, make_audit("first"), others=others, baseline=make_audit("base"), early_stop=[make_audit()])
     assert "The copy-quality plane" in text and "-25.0 points, fewer" in text
     assert "copy-quality plane" not in render(tmp_path, make_audit())
+
+
+@pytest.mark.parametrize("high", [0.004, 0.03, 0.2, 0.28, 0.55, 1.0])
+def test_ticks_of_the_copy_rates_stand_apart(high: float) -> None:
+    share = Interval(value=high / 2, low=high / 3, high=high)
+    figure = interval_figure(
+        [("a name as long as names are", share, RED), ("real held-out images (floor)", share, RED)]
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) >= 2 and all(a.x1 + 2 < b.x0 for a, b in pairwise(boxes))
 
 
 def test_captions_say_what_is_there(tmp_path: Path) -> None:
