@@ -252,7 +252,6 @@ def excess(
 
 def require_threshold(threshold: float) -> None:
     """Raises `ValueError` unless it is above 0, and below 1: from there on a copy may lie nearer to the reference."""
-    """Raises `ValueError` unless it is above 0, and below 1: from there on a copy may lie nearer to the reference."""
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be > 0 and < 1 (0.3 by default), got {threshold}")
 
