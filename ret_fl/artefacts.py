@@ -10,9 +10,11 @@ import torch
 from flwr.common.logger import log
 
 from ret_fl import pictures
+from ret_fl.audit.finding import find_copies
 from ret_fl.audit.folder import NUMBERS, PAGE, save_audit
 from ret_fl.audit.inputs import Options
 from ret_fl.audit.schema import Audit
+from ret_fl.audit.tables import VARIANTS
 from ret_fl.audit.verdict import verdict
 from ret_fl.audit.words import percent, with_interval
 from ret_fl.auditing import Drawing, data_of, draw, measure
@@ -114,9 +116,10 @@ def _copy_lines(audit: Audit | str) -> list[str]:
     if isinstance(audit, str):
         return [audit]
     lines = [f"**{verdict(audit)}**"]
-    if audit.replication.copy_rates:
-        copies = audit.replication.copy_rates[0]
-        lines.append(f"Copy rate {with_interval(copies.rate)}, {copies.distinct} distinct training images copied.")
+    _, copies = find_copies(audit.replication.copy_rates)
+    if copies is not None:
+        how = f"Copy rate ({VARIANTS[copies.variant]}) {with_interval(copies.rate)}"
+        lines.append(f"{how}, {copies.distinct} distinct training images copied.")
         if copies.canary is not None:
             lines[-1] += f" Copies of canaries: {percent(copies.canary)}."
         if copies.floor is not None:
@@ -126,12 +129,12 @@ def _copy_lines(audit: Audit | str) -> list[str]:
 
 def _what_is_closest(audit: Audit) -> str:
     text = "The samples closest to a training image with that image below, one for each training image."
-    if not audit.replication.copy_rates:
+    _, copies = find_copies(audit.replication.copy_rates)
+    if copies is None:
         return f"{text} Without reference images none of them can be called a copy:"
-    threshold = audit.replication.copy_rates[0].threshold
     return (
-        f"{text} r is the squared distance to it over that to the nearest reference image; below {threshold:g} it "
-        "counts as a copy:"
+        f"{text} r is the squared distance to it over that to the nearest reference image, "
+        f"{VARIANTS[copies.variant]}; below {copies.threshold:g} it counts as a copy:"
     )
 
 

@@ -5,33 +5,30 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 
 from ret_fl.audit import schema
 from ret_fl.audit.attacks import Stage
 from ret_fl.audit.features import FeatureModel, load_features
-from ret_fl.audit.folder import save_audit
+from ret_fl.audit.folder import load_audit, save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
-from ret_fl.audit.ready import as_options, read_images
+from ret_fl.audit.pipelines import is_text_to_image, load_pixels, locate, require_text_to_image
+from ret_fl.audit.ready import Channels, as_options, read_bytes, read_some
 from ret_fl.audit.report import Pictures
-from ret_fl.audit.run import require_same_shape, run_audit
-from ret_fl.config import ConfigError, DataConfig, RunConfig, describe
+from ret_fl.audit.run import require_enough, require_same_shape, run_audit
+from ret_fl.background import background_of
+from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.dataspec import builtin_splits, is_builtin, require_named
 from ret_fl.diffusion.sampling import image_shape
-from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 
-Channels = Literal["auto", "grey", "rgb"]
 SAMPLES = "samples"
 """Folder of drawn images inside an audit's, so that an interrupted audit goes on where it was."""
 HELD_OUT = 0.2
@@ -99,7 +96,11 @@ def audit_model(
         raise ConfigError(f"{path} is no run of ret-fl, which would know its training images: name them as data")
     drawing = drawing or own_drawing(path)
     options = options or Options(seed=drawing.seed)
-    folder = Path(out) if out is not None else audit_folder(path, drawing, options, data, reference, held_out)
+    folder = (
+        Path(out)
+        if out is not None
+        else audit_folder(path, drawing, options, data, reference, held_out, features=features, leakage=leakage)
+    )
     networks = [load_features(spec, device=options.device) for spec in features]
     real = open_data(data if data is not None else model, reference, held_out, drawing)
     check_before_drawing([path], real, networks, drawing)
@@ -117,17 +118,31 @@ def audit_folder(
     data: str | Path | None = None,
     reference: str | Path | None = None,
     held_out: str | Path | None = None,
+    *,
+    features: Sequence[str] = (),
+    leakage: bool = True,
 ) -> Path:
     """Where the audit of a model goes unless it is told: audits/<name>, or audit/ in a run.
 
-    A run's summary and pictures tell of what lies in its audit/. Only an audit of the same images against the same
-    data and threshold takes that place.
+    A run's summary and pictures tell of what lies in its audit/. Only the audit that it would make at its end takes
+    that place. <name> is the end of the model's path, with as many parts as tell it from models audited before.
     """
     if is_run(model):
         same_data = (data is None or Path(data) == model) and reference is None and held_out is None
-        if same_data and drawing == own_drawing(model) and options.threshold == Options.threshold:
+        same_measures = (options.threshold, options.members) == (Options.threshold, Options.members)
+        if same_data and drawing == own_drawing(model) and same_measures and leakage and not features:
             return model / "audit"
-    return Path("audits") / model.resolve().name
+    parts = model.resolve().parts[1:]
+    folders = [Path("audits") / "-".join(parts[-depth:]) for depth in range(1, len(parts) + 1)]
+    return next((folder for folder in folders if _audited_in(folder) in (None, model.resolve())), folders[-1])
+
+
+def _audited_in(folder: Path) -> Path | None:
+    """The model whose audit a folder holds, if it holds one."""
+    try:
+        return Path(load_audit(folder)[0].model.path).resolve()
+    except (OSError, ValueError):
+        return None
 
 
 def check_before_drawing(
@@ -135,20 +150,27 @@ def check_before_drawing(
 ) -> None:
     """Refuse what would else be refused after drawing, which may take hours.
 
-    Raises `ValueError`: sizes of images that differ, and image models that cannot take them.
+    Raises `ValueError`: sizes of images that differ, image models that cannot take them, ready images that cannot be
+    read, text-to-image without prompts, fewer than 4 training images.
     """
     for model in models:
         require_same_shape(data, _drawn_shape(model, drawing))
+    require_enough(data)
     for network in features:
         network.features(data.train.pixels(np.arange(1)))
 
 
 def _drawn_shape(model: Path, drawing: Drawing) -> tuple[int, int, int] | None:
-    """(C, H, W) of the images that `draw` will give; None where only drawing or reading them can tell."""
-    denoiser = load_denoiser(model, "cpu")
-    if denoiser is None:
+    """(C, H, W) of the images that `draw` will give; None where only drawing them can tell."""
+    kind, folder = locate(model)
+    if kind == "images":
+        images, _ = read_some(model, drawing.samples, drawing.image_size, drawing.channels)
+        _, *shape = images.shape
+        return shape[0], shape[1], shape[2]
+    if is_text_to_image(folder):
+        require_text_to_image(folder, drawing.prompts)
         return None
-    unet, _, fold = denoiser
+    unet, _, fold = load_pixels(folder)
     channels, height, width = image_shape(unet, fold)
     if drawing.image_size:
         height = width = drawing.image_size
@@ -200,7 +222,7 @@ def measure(
         model,
         generated,
         data,
-        denoiser=load_denoiser(model, options.device) if leakage else None,
+        denoiser=lambda: load_denoiser(model, options.device) if leakage else None,
         feature_models=features,
         background=(lambda: background_of(run, data)) if run else Background,
         options=options,
@@ -228,8 +250,8 @@ def open_data(
         drawing: its image_size and channels bring files to the model's size.
 
     Raises:
-        ValueError: unreadable or missing images (`ConfigError`; the message names the file or setting), or a
-            reference that shares images with the training or held-out images.
+        ValueError: unreadable or missing images (`ConfigError`; the message names the file or setting), or sets that
+            share images.
         FileNotFoundError: no such .npy file.
     """
     drawing = drawing or Drawing()
@@ -243,7 +265,11 @@ def open_data(
     else:
         opened = AuditData(str(data), _store(data, drawing))
     if held_out is not None:
-        opened = replace(opened, held_out=_store(held_out, drawing), one_split=False)
+        further = _store(held_out, drawing)
+        _refuse_shared("held_out", further, "train", opened.train)
+        if reference is None and opened.reference is not None:
+            _refuse_shared("held_out", further, "reference", opened.reference)
+        opened = replace(opened, held_out=further, one_split=False)
     if reference is not None:
         opened = _with_reference(opened, _store(reference, drawing))
     return opened
@@ -262,8 +288,7 @@ def _from_splits(source: str, splits: DataSplits) -> AuditData:
 def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
     path = Path(spec).expanduser()
     if path.suffix == ".npy":
-        images = read_images(path, drawing.image_size, drawing.channels)
-        return SampleStore((images * 255).round().to(torch.uint8))
+        return SampleStore(read_bytes(path, drawing.image_size, drawing.channels))
     # a folder of datasets' own files holds no image files but tells itself apart by these
     is_dataset = path.suffix == ".parquet" or not path.is_dir() or _holds_dataset(path)
     config = DataConfig.model_validate(
@@ -303,53 +328,3 @@ def _refuse_shared(name: str, images: SampleStore, other_name: str, others: Samp
     shared = len(np.intersect1d(images.content_hashes, others.content_hashes))
     if shared:
         raise ValueError(f"{name} shares {shared} images with {other_name}: give images that are in one set only")
-
-
-# Runs
-
-
-def background_of(run: RunDir, data: AuditData) -> Background:
-    """What a run's folder tells beside the model. Its sample IDs count only where `data` is what it was trained on."""
-    config, rows = run.read_config(), run.rows()
-    changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
-    images = sum(row["images"] for row in rows)
-    measured = [row for row in rows if "train_loss" in row]
-    last = measured[-1] if measured else {}
-    training = schema.Training(
-        settings={s.key: s.value for s in changed if s.key not in ("out", "resume", "state-dir")},
-        rounds=rows[-1]["round"] if rows else 0,
-        images=images,
-        moved=sum(row["moved"] for row in rows),
-        skip_rate=sum(row["skip_rate"] * row["images"] for row in rows) / max(images, 1),
-        failures=sum(row["failures"] for row in rows),
-        final_train_loss=last.get("train_loss"),
-        final_held_out_loss=last.get("held_out_loss"),
-    )
-    groups = {}
-    if data_of(config).train.fingerprint != data.train.fingerprint:
-        warnings.warn(f"{run.path.name} was trained on other images than those it is audited against", stacklevel=2)
-    elif run.ledger.is_file():
-        groups = _tails(ShardLedger.load(run.ledger), config.report_tail)
-    return Background(training, groups, rows, _skips_by_timestep(config, rows))
-
-
-def _tails(ledger: ShardLedger, share: float) -> dict[str, np.ndarray]:
-    """Sample IDs by their losses in training: the lowest `share`, the highest, and the others."""
-    ratio = ledger.log_loss_ratio()
-    known = np.flatnonzero(~np.isnan(ratio))
-    order = known[np.argsort(ratio[known])]
-    tail = round(share * len(order))
-    if not tail:
-        return {}
-    groups = {"memorized": order[:tail], "high-loss": order[-tail:], "others": order[tail:-tail]}
-    return {name: np.sort(ids) for name, ids in groups.items()}
-
-
-def _skips_by_timestep(config: RunConfig, rows: Sequence[dict[str, list[int]]]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Timesteps, and the share of draws skipped there over the whole run; None where nothing was gated."""
-    counted = [row for row in rows if "level_draws" in row]
-    if not counted or config.agc.mode == "off":
-        return None
-    draws, skips = (np.sum([row[key] for row in counted], axis=0) for key in ("level_draws", "level_skips"))
-    timesteps = (np.arange(len(draws)) + 0.5) * config.diffusion.timesteps / len(draws)
-    return timesteps[draws > 0], (skips / np.maximum(draws, 1))[draws > 0]

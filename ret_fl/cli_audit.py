@@ -96,8 +96,7 @@ def audit(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the audit. [default: audit/ in a run, if images, data and threshold are those of its end; "
-            "else audits/]",
+            help="Folder of the audit. [default: audit/ in a run, if all is measured as at its end; else audits/]",
             show_default=False,
         ),
     ] = None,
@@ -155,7 +154,10 @@ def audit(
             threshold=threshold, members=members, seed=drawing.seed, device=resolve_device(device), memory_mb=memory_mb
         )
         if alone:
-            folder = out or audit_folder(models[0], drawing, options, source, reference or None, held_out or None)
+            folder = out or audit_folder(
+                models[0], drawing, options, source, reference or None, held_out or None,
+                features=features or (), leakage=leakage,
+            )  # fmt: skip
         if split := told_split(source):
             typer.echo(split)
         with _progress() as (on_stage, on_drawn):
@@ -169,8 +171,8 @@ def audit(
                 ]  # fmt: skip
                 base = None
             else:
-                curve = checkpoint_models(early_stop or (), folder / "checkpoints")
                 real = open_data(source, reference or None, held_out or None, drawing)
+                curve = checkpoint_models(early_stop or (), folder / "checkpoints")
                 audits, base = compare(
                     models, real, folder, baseline=baseline, early_stop=curve, features=features or (),
                     drawing=drawing, options=options, leakage=leakage, on_stage=on_stage, on_drawn=on_drawn,
@@ -184,8 +186,13 @@ def audit(
     if len(audits) > 1:
         wide_console().print(comparison_table(audits, base))
     for found in audits:
+        for text in found.warnings:
+            _warn(f"{found.model.name}: {text}")
+    for found in audits:
         typer.secho(verdict(found, base if found is not base else None), bold=True)
     typer.secho(f"\nResults: {folder}", fg=typer.colors.GREEN, bold=True)
+    if alone and out is None and is_run(models[0]) and folder != models[0] / "audit":
+        typer.echo(f"It measures otherwise than the audit at the run's end, which stays as it is in {models[0]}/audit.")
     for path in sorted([*folder.glob("*.html"), *folder.glob("*/report.html"), *folder.glob("*.png")]):
         typer.echo(f"  {path.relative_to(folder)}")
 
@@ -203,6 +210,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html again from audits made before, of one or of several side by side. Nothing is measured."""
+    from ret_fl.audit.counterparts import other_data_warning
     from ret_fl.audit.folder import PAGE, find_audit, load_audit
     from ret_fl.audit.report import write_report
     from ret_fl.audit.tables import comparison_table
@@ -220,11 +228,17 @@ def report(
     base = numbers[audits.index(baseline)] if baseline is not None else None
     main, pictures = next(((a, p) for a, p in found if a is not base), found[0])
     others = [a for a in numbers if a is not main]
+    if mixed := other_data_warning([main, *others, *curve]):
+        _warn(mixed)
     write_report(page, main, pictures, baseline=base if base is not main else None, others=others, early_stop=curve)
     if len(numbers) > 1:
         wide_console().print(comparison_table(numbers, base))
     typer.secho(verdict(main, base if base is not main else None), bold=True)
     typer.echo(f"report: {page}")
+
+
+def _warn(text: str) -> None:
+    typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
 
 
 def _prompts(path: Path | None) -> tuple[str, ...]:

@@ -67,7 +67,8 @@ class DataConfig(Section):
     )
     duplicates: Literal["weight", "keep"] = Field(
         "weight",
-        description="Exact duplicates inside one shard: 'weight' visits each 1/copies as often, 'keep' trains on all.",
+        description="Exact duplicates: 'weight' visits each 1/copies as often, whatever shards they are in; 'keep' "
+        "trains on all.",
     )
     split: str = Field("train", description="Which split of an hf dataset to read.")
     image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
@@ -120,9 +121,9 @@ class DiffusionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-3, gt=0, description="AdamW learning rate after warm-up.")
+    lr: float = Field(2e-3, gt=0, description="AdamW learning rate after warm-up.")
     schedule: Literal["constant", "cosine"] = Field(
-        "constant",
+        "cosine",
         description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds.",
     )
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, counted from fresh moments.")
@@ -142,7 +143,7 @@ class AgcConfig(Section):
         "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
     )
     mem_ratio: float = Field(
-        1.25, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        2.0, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")

@@ -59,6 +59,14 @@ class _ShardGrid:
         return list(range(1, self.shards + 1))
 
 
+def _copies(content: NDArray[np.uint64] | None, samples: int) -> NDArray[np.float32]:
+    """How often each sample's image stands in the training set: float32 [N]; 1 where copies are not looked for."""
+    if content is None:
+        return np.ones(samples, np.float32)
+    _, inverse, counts = np.unique(content, return_inverse=True, return_counts=True)
+    return counts[inverse].astype(np.float32)
+
+
 def _refuse_to_wait(base: Strategy, shards: int) -> None:
     """Flower's strategies wait without limit for their minimum of clients; here there are as many as shards."""
     inner: Strategy | None = base
@@ -95,8 +103,8 @@ class RedistributeEnsemble(Strategy):
     fingerprint : str
         Of the training data; clients with another one are refused.
     content : uint64 [N], optional
-        Content hash of each sample. With `data.duplicates = weight`, exact copies inside a shard are visited 1/copies
-        as often.
+        Content hash of each sample. With `data.duplicates = weight`, exact copies are visited 1/copies as often each,
+        whatever shards they are in.
     run_key : str
         Names the clients' local state; a resumed run must give the same.
     base : Strategy, optional
@@ -123,7 +131,7 @@ class RedistributeEnsemble(Strategy):
         self.ledger = ledger
         self.config = config
         self.fingerprint = fingerprint
-        self.content = content
+        self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
         self.run_key = run_key
         self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
         _refuse_to_wait(self.base, ledger.num_shards)
@@ -250,19 +258,12 @@ class RedistributeEnsemble(Strategy):
             start="proxy" if not any(map(self.aggregates, range(state.proxy_round, round))) else "global",
             upload=self.aggregates(round),
             ids=ids,
-            probability=self.ledger.probability[ids] / self._copies(ids),
+            probability=self.ledger.probability[ids] / self.copies[ids],
             strength=self.ledger.strength[ids],
             log_ratio=self.ledger.log_loss_ratio()[ids],
             bank_values=state.bank_values,
             bank_visits=state.bank_visits,
         )
-
-    def _copies(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """How often each sample's image stands in the shard: float32 [n]; 1 where copies are not looked for."""
-        if self.content is None or self.config.data.duplicates == "keep":
-            return np.ones(len(ids), np.float32)
-        _, inverse, counts = np.unique(self.content[ids], return_inverse=True, return_counts=True)
-        return counts[inverse].astype(np.float32)
 
     def aggregates(self, round: int) -> bool:
         """Whether the proxies are averaged after this round; after the last one they always are."""

@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     data = load_splits(config.data)
     log(INFO, "data: %s", data.describe())
     strategy, weights = _resumed(config, data, checkpoint) if checkpoint else fresh_strategy(config, data)
-    _warn_of_duplicates(config, data, strategy.ledger)
+    _warn_of_duplicates(config, data)
     recorder = RunRecorder(run, config, strategy, data)
     strategy.greet(grid)
     remaining = config.num_server_rounds - strategy.first_round
@@ -104,10 +104,9 @@ def _resumed(config: RunConfig, data: DataSplits, checkpoint: Checkpoint) -> tup
     return strategy, checkpoint.weights
 
 
-def _warn_of_duplicates(config: RunConfig, data: DataSplits, ledger: ShardLedger) -> None:
-    """Count exact copies that share a shard: they are what a model memorizes first."""
-    pairs = np.stack([data.train.content_hashes, ledger.shard.astype(np.uint64)])
-    copies = len(ledger) - np.unique(pairs, axis=1).shape[1]
+def _warn_of_duplicates(config: RunConfig, data: DataSplits) -> None:
+    """Count exact copies: they are what a model memorizes first."""
+    copies = len(data.train) - len(np.unique(data.train.content_hashes))
     if copies:
         what = "each is visited 1/copies as often" if config.data.duplicates == "weight" else "all are trained on"
-        log(WARNING, "%d exact duplicates inside shards: %s (data.duplicates)", copies, what)
+        log(WARNING, "%d exact duplicates: %s (data.duplicates)", copies, what)

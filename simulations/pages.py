@@ -54,6 +54,8 @@ def write_pages(study: Study, file: Path, results: ResultsFile, runs: Path) -> P
     if not rows:
         raise ValueError(f"no results in {results.path} yet: run the study first")
     lines = [f"# {study.title}", "", study.about.strip(), "", *_how(study, file), "", COLUMNS]
+    if study.summary:
+        lines += [*_overview(study, rows), ""]
     for dataset in study.datasets:
         methods = [m for m in study.methods if curve(rows, dataset, m)]
         if methods:
@@ -83,6 +85,39 @@ def _how(study: Study, file: Path) -> list[str]:
         f"    python -m simulations.study {place}             # runs what is missing, then writes this page",
         f"    python -m simulations.study {place} --render    # only writes it",
     ]
+
+
+def _overview(study: Study, rows: Sequence[Row]) -> list[str]:
+    """The default against the baseline on every dataset, at equal images seen."""
+    lines = [
+        f"## The default against {study.baseline} training",
+        "",
+        "| dataset | seeds | CR | floor (to) | baseline CR | copies | copies of canaries | FD / baseline | precision "
+        "/ baseline | FD over FD, stopped |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for dataset in study.datasets:
+        central, own = curve(rows, dataset, study.baseline), curve(rows, dataset, DEFAULT)
+        try:
+            base, point = at_share(central, 1), at_share(own, 1)
+        except KeyError:
+            continue
+        canaries = [p.mean(lambda r: r.canary_copies) for p in (point, base)]
+        floor, highest = point.mean(lambda r: r.cr_floor.value), point.mean(lambda r: r.cr_floor.high)
+        cells = [
+            dataset,
+            f"{len(point.rows)} / {len(base.rows)}",
+            f"{_percent(point.cr)} {_cr_range(point)}",
+            f"{_percent(floor)} ({_percent(highest)})",
+            f"{_percent(base.cr)} {_cr_range(base)}",
+            _change(point.cr, base.cr),
+            _change(*canaries),
+            f"{point.fd:.2f} / {base.fd:.2f}",
+            f"{point.precision:.3f} / {base.precision:.3f}",
+            f"{point.fd / early_stop_fd(central, point.cr):.2f}x",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _dataset(
@@ -144,11 +179,17 @@ def _table(
 
 
 def _curves(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str]) -> list[str]:
-    lines = ["Along training:", "", "| method | images | CR | canaries | FD | precision |", "|---|---|---|---|---|---|"]
+    lines = [
+        "Along training:",
+        "",
+        "| method | seeds | images | CR | canaries | FD | precision |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method in methods:
         lines += [
-            f"| {study.methods[method].label} | {point.mean(lambda r: r.images):,.0f} | {_percent(point.cr)} "
-            f"| {_percent(point.mean(lambda r: r.canary_copies))} | {point.fd:.2f} | {point.precision:.3f} |"
+            f"| {study.methods[method].label} | {len(point.rows)} | {point.mean(lambda r: r.images):,.0f} "
+            f"| {_percent(point.cr)} | {_percent(point.mean(lambda r: r.canary_copies))} "
+            f"| {point.fd:.2f} | {point.precision:.3f} |"
             for point in curve(rows, dataset, method)
         ]
     return lines

@@ -46,12 +46,13 @@ class Part(BaseModel):
 
 class Method(Part):
     """label: its name in tables. set: settings on top of the study's and the dataset's. points: shares of the whole
-    training at which it is audited. datasets, seeds: fewer than the study's. skips_of: for agc.mode "random", the
-    method whose share of skipped draws is taken over."""
+    training at which it is audited; first_seed_points: further ones, for the study's first seed only. datasets, seeds:
+    fewer than the study's. skips_of: for agc.mode "random", the method whose share of skipped draws is taken over."""
 
     label: str
     set: dict[str, Any] = {}
     points: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
+    first_seed_points: list[Annotated[float, Field(gt=0)]] = []
     datasets: list[str] = []
     seeds: list[int] = []
     skips_of: str = ""
@@ -124,7 +125,8 @@ class Cell:
 
     @property
     def points(self) -> list[float]:
-        return sorted(self.study.methods[self.method].points)
+        method = self.study.methods[self.method]
+        return sorted(method.points + (method.first_seed_points if self.seed == self.study.seeds[0] else []))
 
     def config(self, share: float = 1.0, more: Mapping[str, Scalar] | None = None) -> RunConfig:
         """The settings of its training up to `share` of the study's rounds."""

@@ -86,6 +86,11 @@ def make_audit(name: str = "central", rate: Interval = COPIES, *, samples: int =
     return Audit(**values | changes)
 
 
+def on_other_data(audit: Audit, **changes: Any) -> Audit:
+    """The same numbers, measured against other images."""
+    return audit.model_copy(update={"data": audit.data.model_copy(update=changes or {"reference": 199})})
+
+
 def make_replication(rates: list[CopyRate], **changes: Any) -> Replication:
     values: dict[str, Any] = {
         "copy_rates": rates,

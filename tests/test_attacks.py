@@ -8,50 +8,81 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
-from torch import nn
+from small_models import trained
 
 from ret_fl.audit.attacks import _duplicates, attack, takes
 from ret_fl.audit.generate import load_denoiser
-from ret_fl.audit.inputs import AuditData, Background, Options
+from ret_fl.audit.inputs import AuditData, Background, Options, spread_rows
+from ret_fl.audit.schema import Leakage
 from ret_fl.auditing import open_data
 from ret_fl.config import DataConfig, DiffusionConfig, ModelConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
-from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.diffusion.objective import make_scheduler
 from ret_fl.diffusion.sampling import save_pipeline
 
-SINGLE, REPEATED, COPIES = 55, 5, 10
+SINGLE, REPEATED, COPIES, HELD_OUT = 55, 5, 10, 200
 
 
 def silent(stage: str) -> None:
     """Nobody wants to know."""
 
 
-def trained(store: SampleStore, steps: int) -> UNet2DModel:
-    """A small U-Net after some steps on a store's images."""
-    unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), store.image_shape, 0, 0).train()
-    objective = Objective(make_scheduler(DiffusionConfig()), torch.device("cpu"))
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
-    torch.manual_seed(0)
-    for _ in range(steps):
-        x0, _ = store.fetch(torch.randint(len(store), (32,)))
-        t, noise = objective.draw(x0)
-        optimizer.zero_grad()
-        objective.losses(unet, x0, t, noise, None).mean().backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-    return unet
+@pytest.fixture(scope="module")
+def repeating() -> AuditData:
+    """60 digits of which the first five stand there ten times, and others: the held-out ones twice each."""
+    splits = load_splits(DataConfig(limit=SINGLE + REPEATED))
+    again = np.repeat(np.arange(REPEATED), COPIES - 1)
+    canaries = np.c_[np.arange(REPEATED), SINGLE + REPEATED + np.arange(len(again)).reshape(REPEATED, -1)]
+    return AuditData(
+        "digits",
+        splits.train.subset(np.r_[: SINGLE + REPEATED, again]),
+        splits.reference,
+        splits.held_out.subset(np.r_[:HELD_OUT, :HELD_OUT]),
+        canaries,
+    )
 
 
-def test_repeated_images_stand_apart_by_their_losses() -> None:
+@pytest.fixture(scope="module")
+def learned(repeating: AuditData) -> Leakage:
+    """What a model gives away after 300 steps on them."""
+    denoiser = (trained(repeating.train, 300), make_scheduler(DiffusionConfig()), 1)
+    return attack(denoiser, repeating, Background(), Options(), silent)[0]
+
+
+def test_members_and_canaries_of_a_model_that_knows_them_stand_apart(repeating: AuditData, learned: Leakage) -> None:
+    """Every image once, on either side; none of it shows in a model that has learned nothing."""
+    unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), repeating.train.image_shape, 0, 0)
+    fresh, _ = attack((unet, make_scheduler(DiffusionConfig()), 1), repeating, Background(), Options(), silent)
+    assert repeating.reference is not None
+    others = HELD_OUT + len(repeating.reference)
+    for leakage in (learned, fresh):
+        assert [(m.attack, m.members, m.non_members) for m in leakage.membership] == [
+            ("loss", SINGLE + REPEATED, others),
+            ("pia", SINGLE + REPEATED, others),
+        ]
+        assert leakage.exposure is not None and len(leakage.exposure.exposures) == REPEATED
+        assert leakage.exposure.most == pytest.approx(math.log2(others))
+    assert all(m.auc.low > 0.5 for m in learned.membership)
+    assert all(m.auc.low < 0.5 for m in fresh.membership)
+    assert learned.exposure is not None and fresh.exposure is not None
+    assert learned.exposure.mean > fresh.exposure.mean + 3
+    assert min(learned.exposure.exposures) > 4
+
+
+def test_images_are_spread_over_sets_of_which_one_is_small(repeating: AuditData) -> None:
+    """What a small set cannot give the others do, and repeats count once."""
+    sets = [repeating.train, repeating.train.subset(np.arange(4))]
+    assert [len(rows) for rows in spread_rows(sets, 1000)] == [SINGLE + REPEATED, 4]
+    large, small = spread_rows(sets, 32)
+    assert (len(large), len(small)) == (30, 2)
+    assert len(np.unique(repeating.train.content_hashes[large])) == 30
+
+
+def test_repeated_images_stand_apart_by_their_losses(learned: Leakage) -> None:
     """All of them and no other; the four low-noise timesteps of the membership grid would tell three of the five."""
-    images = load_splits(DataConfig(limit=SINGLE + REPEATED)).train
-    rows = np.concatenate([np.arange(SINGLE + REPEATED), np.repeat(np.arange(REPEATED), COPIES - 1)])
-    data = AuditData("digits", images.subset(rows))
-    denoiser = (trained(data.train, 300), make_scheduler(DiffusionConfig()), 1)
-    leakage, _ = attack(denoiser, data, Background(), Options(), silent)
+    leakage = learned
     assert leakage.duplicates is not None
     assert (leakage.duplicates.precision, leakage.duplicates.recall) == (1, 1)
     assert sorted(s.train for s in leakage.duplicates.suspects) == [*range(REPEATED)]
@@ -108,7 +139,9 @@ def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
     hash_of = np.unique(data.content_hashes)[canary]
     rows = np.flatnonzero(data.content_hashes == hash_of)
     measured = torch.from_numpy(np.sort(np.r_[rows[0], np.setdiff1d(np.arange(40), rows)[:20]]))
-    losses = torch.full((len(measured), 4), 0.1) + 0.01 * torch.rand(len(measured), 4)
+    noise = torch.rand(len(measured), 4, generator=torch.Generator().manual_seed(0))
+    losses = 0.1 + 0.01 * noise
     losses[measured == rows[0]] = 0.001
     found = _duplicates(data, measured, losses, torch.tensor([50, 150, 250, 350]), 400)
     assert [(s.train, s.copies) for s in found.suspects] == [(rows[0], 5)]
+    assert (found.examined, found.below) == (21, 1)

@@ -15,27 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from audits import make_audit
 from conftest import TINY, ret_fl, run_server
 from PIL import Image
 
 from ret_fl.audit.folder import load_audit
-from ret_fl.audit.generate import Generated
-from ret_fl.audit.inputs import AuditData, Options
-from ret_fl.audit.run import run_audit
-from ret_fl.audit.schema import Audit
-from ret_fl.audit.similarity import similarity
+from ret_fl.audit.inputs import AuditData, Options, distinct_rows
+from ret_fl.audit.schema import Audit, Measuring
 from ret_fl.auditing import Drawing, audit_folder, audit_model, open_data, own_drawing
 from ret_fl.config import RunConfig
-from ret_fl.data.store import SampleStore
 
 
 @pytest.fixture(scope="module")
 def digits() -> AuditData:
     return open_data("digits")
-
-
-def ready(images: torch.Tensor) -> Generated:
-    return Generated(images, "images", "ready", None, None, None)
 
 
 # --- a run is audited at its end --------------------------------------------------------------------------------
@@ -45,6 +38,12 @@ def test_a_run_ends_with_its_audit(run_dir: Path) -> None:
     audit, pictures = load_audit(run_dir)
     assert (audit.model.kind, audit.model.samples, audit.data.train, audit.data.distinct) == ("run", 12, 34, 24)
     assert (audit.data.canaries, audit.data.canary_repeats) == (2, 6)
+    data = open_data(run_dir)
+    assert data.reference is not None and data.held_out is not None and audit.data.fingerprints is not None
+    assert list(audit.data.fingerprints.model_dump().values()) == [
+        store.fingerprint for store in (data.train, data.reference, data.held_out)
+    ]
+    assert all(f.recipe for f in audit.fidelity)
     assert {c.variant for c in audit.replication.copy_rates} == {"pixels", "shift", "flip"}
     assert audit.replication.k == 24
     assert audit.leakage is not None
@@ -57,7 +56,11 @@ def test_a_run_ends_with_its_audit(run_dir: Path) -> None:
     assert audit.training.settings["data.canaries"] == 2
     assert any("1000" in w for w in audit.warnings)  # 12 samples are too few for a Frechet distance
     assert set(pictures.losses) == {"memorized", "high-loss", "others"}
-    assert pictures.skip_by_timestep is not None
+    assert {h.group: sum(h.counts) for h in audit.losses} == {n: len(v) for n, v in pictures.losses.items()}
+    assert pictures.skip_by_timestep is not None and audit.training.skips is not None
+    assert audit.training.skips.share == pictures.skip_by_timestep[1].tolist()
+    assert (audit.model.prompts, audit.model.guidance, audit.model.image_size) == ([], None, 0)
+    assert audit.measuring == Measuring(members=2000, seed=5, device="cpu")
     html = (run_dir / "audit" / "report.html").read_text()
     assert "audited" in html
     assert "http" not in html.split("<body")[0].replace("http-equiv", "")
@@ -85,6 +88,13 @@ def test_an_audit_comes_back_as_it_was_saved(run_dir: Path, tmp_path: Path) -> N
     assert (copied / "report.html").read_text() == (run_dir / "audit" / "report.html").read_text()
     assert pictures.samples is not None
     assert pictures.samples.shape == (12, 1, 8, 8)
+
+
+def test_an_audit_made_before_more_was_kept_can_be_read() -> None:
+    older = make_audit()
+    written = older.model_dump_json(exclude_unset=True)
+    assert not any(name in written for name in ("fingerprints", "recipe", "measuring", "worst_variant", "examined"))
+    assert Audit.model_validate_json(written) == older
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -115,22 +125,40 @@ def test_an_audit_by_other_settings_leaves_the_runs_own_alone(
     audit, _ = load_audit(Path("audits/run"))
     assert (audit.model.samples, audit.model.seed, audit.model.steps) == (8, 5, 4)
     assert (run_dir / "audit" / "audit.json").read_bytes() == before
+    assert "stays as it is" in result.stdout
+    assert "warning: run: Frechet distance of 8 generated samples" in result.stderr
 
 
 def test_only_the_audit_of_its_own_images_and_data_goes_into_a_run(run_dir: Path) -> None:
     own = own_drawing(run_dir)
     assert audit_folder(run_dir, own, Options()) == run_dir / "audit"
-    assert audit_folder(run_dir, own, Options(members=10), str(run_dir)) == run_dir / "audit"
+    assert audit_folder(run_dir, own, Options(memory_mb=64), str(run_dir)) == run_dir / "audit"
     for drawing, options, sets in (
         (replace(own, seed=6), Options(), ()),
         (replace(own, image_size=16), Options(), ()),
         (own, Options(threshold=0.5), ()),
+        (own, Options(members=10), ()),
         (own, Options(), ("digits",)),
         (own, Options(), (None, "others.npy")),
         (own, Options(), (None, None, "others.npy")),
     ):
         assert audit_folder(run_dir, drawing, options, *sets) == Path("audits/run")
+    assert audit_folder(run_dir, own, Options(), leakage=False) == Path("audits/run")
+    assert audit_folder(run_dir, own, Options(), features=["sscd.pt"]) == Path("audits/run")
     assert audit_folder(run_dir / "final", Drawing(), Options()) == Path("audits/final")
+
+
+def test_models_of_one_name_have_audits_of_their_own(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for parent in ("a", "b"):
+        shutil.copytree(run_dir / "final", tmp_path / parent / "final")
+    for parent, folder in (("a", "final"), ("b", "b-final"), ("a", "final")):
+        model = Path(parent) / "final"
+        audit_model(model, run_dir, drawing=Drawing(4, steps=1), leakage=False)
+        assert load_audit(Path("audits") / folder)[0].model.path == str(model)
+    assert {p.name for p in Path("audits").iterdir()} == {"final", "b-final"}
 
 
 def test_ready_images_are_audited_against_a_folder(digits: AuditData, tmp_path: Path) -> None:
@@ -224,6 +252,14 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
         lambda run, tmp: [run, "--reference", tmp / "new.npy", "--held-out", tmp / "new.npy", "--samples", 4],
         ["held_out shares 24 images with reference"],
     ),
+    "held-out images that were trained on": (
+        lambda run, tmp: [run, "--held-out", tmp / "train.npy", "--samples", 4],
+        ["held_out shares 24 images with train"],
+    ),
+    "held-out images that are the run's reference": (
+        lambda run, tmp: [run, "--held-out", tmp / "reference.npy", "--samples", 4],
+        ["held_out shares 24 images with reference"],
+    ),
     "ready images without data": (lambda run, tmp: [tmp / "new.npy"], ["--data"]),
     "an image model that is not there": (lambda run, tmp: [run, "--features", tmp / "sscd.pt"], ["no image model"]),
     "an image model for other inputs": (lambda run, tmp: [run, "--features", tmp / "four.pt"], ["four refuses inputs"]),
@@ -234,6 +270,11 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
     "a reference of another size": (
         lambda run, tmp: [run, "--reference", tmp / "small.npy"],
         ["reference images are 1x6x6", "--image-size"],
+    ),
+    "a threshold that nothing lies below": (lambda run, tmp: [run, "--threshold", 0], ["threshold must be > 0"]),
+    "three training images": (
+        lambda run, tmp: [run, "--data", tmp / "three.npy"],
+        ["at least 4 distinct training images, got 3"],
     ),
     "a device that is not there": (lambda run, tmp: [run, "--device", "cuda:99"], ["cuda:99"]),
 }
@@ -249,6 +290,8 @@ def test_an_audit_that_cannot_be_made_says_why_before_anything_is_drawn(
     real = open_data(run_dir)
     np.save(folder / "train.npy", real.train.pixels().numpy())
     np.save(folder / "new.npy", real.held_out.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
+    np.save(folder / "reference.npy", real.reference.pixels(np.arange(24)).numpy())  # type: ignore[union-attr]
+    np.save(folder / "three.npy", real.train.pixels(distinct_rows(real.train)[[0, 1, 2, 2]]).numpy())
     np.save(folder / "small.npy", np.arange(30 * 36, dtype=np.uint8).reshape(30, 6, 6))
     torch.jit.script(torch.nn.Conv2d(4, 4, 1)).save(folder / "four.pt")
     for name in ("bare", "pictures"):
@@ -291,103 +334,3 @@ def test_an_interrupted_audit_says_how_to_go_on(run_dir: Path, tmp_path: Path) -
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "kept in" in told and "the same command goes on" in told and "Traceback" not in told
-
-
-# --- the library ------------------------------------------------------------------------------------------------
-
-
-def test_held_out_images_as_samples_score_their_own_floor(digits: AuditData) -> None:
-    assert digits.held_out is not None
-    audit, _ = run_audit(Path("real"), ready(digits.held_out.unit()), digits)
-    rate = audit.replication.copy_rates[0]
-    assert rate.floor is not None
-    assert rate.rate == rate.floor
-    assert rate.above_floor is not None
-    assert rate.above_floor.low <= 0 <= rate.above_floor.high
-
-
-def test_training_images_as_samples_are_all_copies(digits: AuditData) -> None:
-    audit, pictures = run_audit(Path("copied"), ready(digits.train.unit(np.arange(50))), digits)
-    assert audit.replication.copy_rates[0].rate.value == 1
-    assert [w.ratio for w in audit.replication.worst] == [0] * len(audit.replication.worst)
-    assert pictures.worst is not None
-    assert torch.equal(pictures.worst.generated, pictures.worst.originals)
-
-
-def test_without_reference_there_is_no_copy_rate_but_a_memorized_quantity(digits: AuditData) -> None:
-    audit, _ = run_audit(Path("x"), ready(digits.train.unit(np.arange(20))), AuditData("digits", digits.train))
-    assert audit.replication.copy_rates == []
-    assert audit.replication.memorized[0].generated == 1
-    assert audit.replication.memorized[0].floor is None
-
-
-def test_the_python_of_the_readme_audits_a_model(run_dir: Path, tmp_path: Path) -> None:
-    audit = audit_model(run_dir / "final", "digits", out=tmp_path, drawing=Drawing(samples=8, steps=2))
-    assert audit.model.kind == "pipeline"
-    assert (tmp_path / "report.html").is_file()
-    assert audit.training is None
-
-
-def halves(digits: AuditData, folder: Path) -> tuple[Path, Path]:
-    """60 training and 60 other images, as .npy files."""
-    for name in ("train", "others"):
-        ids = np.arange(60) + 60 * (name == "others")
-        np.save(folder / f"{name}.npy", digits.train.pixels(ids).numpy())
-    return folder / "train.npy", folder / "others.npy"
-
-
-def test_a_reference_no_larger_than_the_training_set_gives_a_floor(digits: AuditData, tmp_path: Path) -> None:
-    train, others = halves(digits, tmp_path)
-    data = open_data(train, others)
-    assert data.reference is not None and data.held_out is not None
-    assert (len(data.reference), len(data.held_out)) == (48, 12)
-    assert not np.intersect1d(data.reference.content_hashes, data.held_out.content_hashes).size
-    audit, _ = run_audit(tmp_path, ready(data.train.unit(np.arange(20))), data)
-    assert audit.replication.copy_rates[0].floor is not None
-    assert any("equal size" in w for w in audit.warnings)
-
-
-def test_a_reference_beside_held_out_images_is_taken_whole(digits: AuditData, tmp_path: Path) -> None:
-    assert digits.reference is not None
-    train, others = halves(digits, tmp_path)
-    np.save(tmp_path / "more.npy", digits.reference.pixels(np.arange(30)).numpy())
-    data = open_data(train, others, tmp_path / "more.npy")
-    assert data.reference is not None and data.held_out is not None
-    assert (len(data.reference), len(data.held_out)) == (60, 30)
-
-
-def test_a_folder_is_preferred_to_a_built_in_source_of_its_name(
-    digits: AuditData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert len(open_data("digits").train) == len(digits.train)
-    Path("digits").mkdir()
-    Image.fromarray(digits.train.pixels(np.arange(1))[0, 0].numpy()).save("digits/one.png")
-    assert len(open_data("digits").train) == 1
-
-
-class Counting:
-    """Features that are pixels, and how many images they were asked for."""
-
-    name = "counting"
-    seen = 0
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen += len(images)
-        return images.flatten(1).float()
-
-
-def test_an_image_model_sees_every_image_once(digits: AuditData) -> None:
-    held_out = digits.reference.subset(np.arange(60))  # type: ignore[union-attr]
-    data = AuditData("digits", digits.train.subset(np.array([*range(80), 3, 3])), None, held_out)
-    model, generated = Counting(), digits.train.unit(np.arange(100, 170))
-    audit, _ = run_audit(Path("x"), ready(generated), data, feature_models=[model])
-    assert model.seen == 80 + 60 + 70
-    own, train, floor = (s.flatten(1).float() for s in (generated, data.train.pixels(), held_out.pixels()))
-    assert audit.similarity == [similarity(own, train, floor, name="counting")]
-
-
-def test_a_store_of_one_size_only(digits: AuditData) -> None:
-    grey = SampleStore(torch.zeros(5, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"16x16.*--image-size"):
-        run_audit(Path("x"), ready(digits.train.unit(np.arange(5))), AuditData("grey", grey))

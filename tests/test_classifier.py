@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ret_fl.audit import run
@@ -40,6 +42,7 @@ def test_training_depends_on_its_arguments_alone(digits: tuple[Tensor, Tensor]) 
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.features(images), again.features(images))
     other = train_classifier(images, labels, 10, epochs=2, seed=1)
+    assert first.recipe == again.recipe != other.recipe
     assert not torch.equal(first.features(images), other.features(images))
 
 
@@ -60,6 +63,24 @@ def test_a_cached_classifier_is_the_same_one_and_a_stale_one_is_replaced(
     assert torch.equal(stale.features(images), loaded.features(images))
     assert torch.equal(stale.probabilities(images), loaded.probabilities(images))
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "weights of another network"])
+def test_a_damaged_cache_means_training_again(digits: tuple[Tensor, Tensor], tmp_path: Path, damage: str) -> None:
+    images, labels = digits[0][:100], digits[1][:100]
+    path = tmp_path / "classifier.safetensors"
+    trained = train_classifier(images, labels, 10, epochs=1, path=path)
+    whole = path.read_bytes()
+    if damage == "weights of another network":
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        weights = trained.state_dict() | {"head.bias": torch.zeros(3)}
+        save_file(weights, path, metadata=metadata)
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"not weights", "empty": b""}[damage])
+    again = train_classifier(images, labels, 10, epochs=1, path=path)
+    assert torch.equal(again.features(images), trained.features(images))
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16), (1, 11, 9), (3, 28, 28)])
@@ -121,20 +142,23 @@ class Counted(SampleStore):
         return super().pixels(ids)
 
 
+@pytest.mark.parametrize(("one_split", "most"), [(True, 40), (False, 10)])
 def test_the_images_of_an_audit_are_chosen_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_split: bool, most: int
 ) -> None:
+    """From all sets. Where their labels may not agree they are not used, and every image counts four times."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for setting, value in (("CLASSIFIED", 40), ("READ", 7), ("PATIENCE", 0.0)):
         monkeypatch.setattr(run, setting, value)
     images, stages = photos(600), []
-    data = AuditData("photos", Counted(images[:400]), held_out=Counted(images[400:]), one_split=True)
+    data = AuditData("photos", Counted(images[:400]), held_out=Counted(images[400:]), one_split=one_split)
     model = run._classifier(data, Options(), stages.append)
     assert model is not None
+    assert model.name == (FeatureClassifier.name if one_split else OF_TURNS)
     read = [store.asked for store in (data.train, data.held_out) if isinstance(store, Counted)]
-    assert sum(map(sum, read)) == 40
+    assert sum(map(sum, read)) == most
     assert max(map(max, read)) <= 7
-    assert sum(read[0]) == pytest.approx(40 * 400 / 600, abs=1)
+    assert sum(read[0]) == pytest.approx(most * 400 / 600, abs=1)
     assert stages[0] == "a classifier of the data, for its features"
     assert stages[1:] == [f"{stages[0]}: {done} of 20 passes" for done in range(1, 21)]
 

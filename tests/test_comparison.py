@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ret_fl
+from PIL import Image
+from tiny_pipelines import text_pipeline
 
 from ret_fl.audit.folder import load_audit
-from ret_fl.auditing import Drawing, open_data
+from ret_fl.auditing import Drawing, audit_model, open_data
 from ret_fl.comparison import checkpoint_models, compare, unique_names
+from ret_fl.diffusion.sampling import load_pipeline, save_pipeline
 
 
 def test_several_models_stand_side_by_side(run_dir: Path, tmp_path: Path) -> None:
@@ -34,6 +38,14 @@ def test_several_models_stand_side_by_side(run_dir: Path, tmp_path: Path) -> Non
     assert "other" in (tmp_path / "b.html").read_text()
 
 
+def test_a_report_of_audits_of_different_data_says_so(run_dir: Path, tmp_path: Path) -> None:
+    audit_model(run_dir / "final", "digits", out=tmp_path / "other", drawing=Drawing(8, steps=2), leakage=False)
+    result = ret_fl("report", run_dir, tmp_path / "other", "--baseline", run_dir, "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "audited against other images than final: run" in result.stderr
+    assert "(other data)" in result.stdout and "audited against other images" in result.stdout
+
+
 def test_every_checkpoint_is_a_model_of_less_training(run_dir: Path, tmp_path: Path) -> None:
     models = checkpoint_models([run_dir], tmp_path)
     assert [m.name for m in models] == [f"run, round {r}" for r in (1, 2, 3)]
@@ -44,17 +56,46 @@ def test_every_checkpoint_is_a_model_of_less_training(run_dir: Path, tmp_path: P
 
 
 def test_a_comparison_that_breaks_off_keeps_what_is_measured(run_dir: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "broken.npy", np.full((4, 8, 8), np.nan))
+    unet, scheduler, fold = load_pipeline(run_dir / "final")
+    with torch.no_grad():
+        next(unet.parameters()).fill_(torch.nan)
+    save_pipeline(tmp_path / "broken", unet, scheduler, fold)
     with pytest.raises(ValueError, match="NaN"):
-        compare([run_dir, tmp_path / "broken.npy"], open_data(run_dir), tmp_path / "out", drawing=Drawing(8, steps=2))
+        compare([run_dir, tmp_path / "broken"], open_data(run_dir), tmp_path / "out", drawing=Drawing(8, steps=2))
     assert load_audit(tmp_path / "out" / "run")[0].model.samples == 8
     assert (tmp_path / "out" / "run" / "report.html").is_file()
 
 
-def test_all_models_of_a_comparison_are_checked_before_any_is_drawn(run_dir: Path, tmp_path: Path) -> None:
-    result = ret_fl("audit", run_dir, tmp_path / "nowhere", "--out", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("broken", "word"),
+    [
+        ("nowhere", "nowhere does not exist"),
+        ("nan.npy", "4 of 4 images hold NaN"),
+        ("cut", "cannot read 1.png"),
+        ("text", "text draws images from text: give it --prompts"),
+    ],
+)
+def test_all_models_of_a_comparison_are_checked_before_any_is_drawn(
+    run_dir: Path, tmp_path: Path, broken: str, word: str
+) -> None:
+    np.save(tmp_path / "nan.npy", np.full((4, 8, 8), np.nan))
+    (tmp_path / "cut").mkdir()
+    for i in range(2):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "cut" / f"{i}.png")
+    picture = tmp_path / "cut" / "1.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+    if broken == "text":
+        text_pipeline(tmp_path / "text")
+    result = ret_fl("audit", run_dir, tmp_path / broken, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "nowhere does not exist" in result.stderr
+    assert word in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_checkpoint_is_written_for_data_that_cannot_be_opened(run_dir: Path, tmp_path: Path) -> None:
+    result = ret_fl("audit", run_dir, "--early-stop", run_dir, "--reference", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "no PNG" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ret_fl.audit import schema
 from ret_fl.audit.copies import replication
+from ret_fl.audit.finding import find_copies
 from ret_fl.audit.replication import carlini_ratio, copy_report, excess, memorized_quantity, neighbour_ratio
 
 
@@ -76,6 +77,19 @@ def test_the_worst_copies_are_one_for_each_training_image(real: tuple[Tensor, Te
     assert len(replication(generated, train, reference, held_out, canaries, worst=1000)[0].worst) < 100
 
 
+def test_where_only_moved_images_show_copies_the_worst_are_those(real: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The verdict speaks of images moved by a pixel: so do the pairs shown beside it."""
+    train, reference, held_out = real
+    copies = moved(train[30:60], 1, -1)
+    found, _ = replication(torch.cat([held_out[:70], copies]), train, reference, held_out[100:], None)
+    assert find_copies(found.copy_rates)[1] == found.copy_rates[1]
+    assert found.worst_variant == "shift"
+    assert [w.ratio for w in found.worst] == [0.0] * 24
+    assert all(w.distance == 0 and w.train == w.sample - 70 + 30 for w in found.worst)
+    by_pixels, _ = replication(torch.cat([held_out[:70], train[:30]]), train, reference, held_out[100:], None)
+    assert by_pixels.worst_variant == "pixels"
+
+
 def test_replication_without_reference_held_out_or_canaries(real: tuple[Tensor, Tensor, Tensor]) -> None:
     generated, train, _, _, _ = audited(real)
     found, details = replication(generated, train, None, None, None)
@@ -109,10 +123,13 @@ def test_few_training_images_need_a_smaller_k(real: tuple[Tensor, Tensor, Tensor
     assert replication(train[:9], train, None, None, None, k=None)[0].k == 50
 
 
-def test_held_out_images_that_are_training_images_are_reported(real: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_held_out_images_of_another_set_are_refused(real: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A model that copies all it knows would have a floor as high as its copy rate."""
     train, reference, held_out = real
-    with pytest.warns(UserWarning, match="2 of 52 held-out images are also training images"):
-        replication(held_out, train, reference, torch.cat([held_out[:50], train[:2]]), None)
+    with pytest.raises(ValueError, match="held_out shares 2 images with train"):
+        replication(train, train, reference, torch.cat([held_out[:50], train[:2]]), None)
+    with pytest.raises(ValueError, match="held_out shares 3 images with reference"):
+        replication(train, train, reference, torch.cat([held_out[:50], reference[:3]]), None)
 
 
 def test_grey_columns_are_not_mirrored() -> None:

@@ -1,5 +1,7 @@
 """Fidelity measures equal their definitions, and are those of the right sets."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,49 @@ def test_bad_features_are_refused() -> None:
         kernel_distance(gauss(0, 1, 4), gauss(1, 10, 4))
     with pytest.raises(ValueError, match="probabilities"):
         confident_share(torch.zeros(5))
+
+
+PEAK = """
+import torch
+from ret_fl.audit.fidelity import fidelity, kernel_distance, precision_recall
+
+class Means:
+    name = "means"
+
+    def features(self, images):
+        return images.flatten(2).float().mean(2)
+
+def kilobytes(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+
+def measure(held_out, train, real):
+    fidelity(Means(), train[:1000], held_out, train, memory_mb=32)
+    precision_recall(real, real[:2000], memory_mb=32)
+    kernel_distance(real, real[:2000], memory_mb=32)
+
+torch.set_num_threads(1)
+train = torch.randint(0, 256, (40000, 3, 32, 32), dtype=torch.uint8)
+train[7] = train[3]
+real = torch.rand(20000, 8, dtype=torch.float64)
+measure(train[:100], train[:1100], real[:2500])  # what the libraries load once
+before = kilobytes("VmRSS")
+measure(train[:100], train, real)
+print((kilobytes("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux' /proc")
+def test_quality_keeps_to_its_memory() -> None:
+    # A copy of the images would be 117 MB, 1024 rows of distances between the features 164 MB.
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 32 + 80
+
+
+@pytest.mark.parametrize("memory_mb", [1, 3])
+def test_quality_is_the_same_in_a_megabyte(memory_mb: int) -> None:
+    real, made = gauss(0, 3000, 4), gauss(1, 2000, 4)
+    assert precision_recall(real, made, memory_mb=memory_mb) == precision_recall(real, made)
+    assert kernel_distance(real, made, memory_mb=memory_mb) == pytest.approx(kernel_distance(real, made), rel=1e-9)
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,7 @@ class TestDuplicates:
         found = suspected_duplicates(flat_losses([*self.RATIOS, -9.0]), TIMESTEPS, hashes, z=-2, most=1)
         assert [s.train for s in found.suspects] == [3]
         assert (found.precision, found.recall) == (0.5, 1)
+        assert (found.below, found.examined, found.z, found.t_max) == (2, 7, -2, 400)
 
     def test_only_columns_below_t_max_count(self) -> None:
         losses = np.ones((9, 4))

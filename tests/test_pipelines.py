@@ -28,12 +28,14 @@ class TestTextToImage:
         assert found.images.min() >= 0 and found.images.max() <= 1
         for size in (1, 2):
             assert_same(self.draw(folder, batch_size=size), found.images)
+        assert (found.prompts, found.guidance) == (("a cat", "a dog", "zzz"), 7.5)
         other = self.draw(folder, prompts=["a cat", "mm", "zzz"], guidance=20.0)
         same = self.draw(folder, prompts=["a cat", "a dog", "zzz"], guidance=20.0)
         assert [torch.equal(a, b) for a, b in zip(other, same, strict=True)] == [True, False, True, True, False]
         assert not torch.allclose(found.images[0], same[0], atol=1e-6)
         assert not torch.allclose(found.images, self.draw(folder, seed=1), atol=1e-3)
-        assert load_denoiser(folder, "cpu") is None
+        with pytest.warns(UserWarning, match="leakage left out: losses of text-to-image"):
+            assert load_denoiser(folder, "cpu") is None
 
     def test_noise_added_at_every_step_is_the_images_own(self, tmp_path: Path) -> None:
         folder = text_pipeline(tmp_path / "sd")

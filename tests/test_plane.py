@@ -11,7 +11,7 @@ from audits import COPIES, FEW, make_audit, make_fidelity
 from matplotlib.text import Text
 from PIL import Image
 
-from ret_fl.audit.plane import plane_figure, plane_panel, plane_points
+from ret_fl.audit.plane import plane_features, plane_figure, plane_panel, plane_points
 from ret_fl.audit.schema import Audit, Interval
 
 
@@ -28,7 +28,7 @@ def test_the_plane_holds_every_audit_that_has_a_place(tmp_path: Path) -> None:
         low, high = axes.get_xlim()
         assert low < 0 and high >= COPIES.high  # a point at 0 is whole
         assert "stop 1" not in labels and "stop 2" not in labels  # the curve says its order by its ends
-    assert len(plane_points([bare], "classifier")) == 0
+    assert len(plane_points([bare], make_fidelity())) == 0
     with pytest.raises(ValueError, match="audit with a reference set"):
         plane_figure([bare], None, [])
 
@@ -68,3 +68,12 @@ def test_labels_of_close_points_hide_neither_each_other_nor_a_point() -> None:
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     points = axes.transData.transform([(0.0015, 12), (0, 12.02), (0, 12), (0.001, 12.05), (0.002, 12.1)])
     assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+def test_features_of_another_training_of_the_classifier_have_no_place_beside_these() -> None:
+    one, other = make_fidelity(recipe="a"), make_fidelity(recipe="b")
+    audits = [make_audit(str(i), fidelity=[f]) for i, f in enumerate([other, one, one])]
+    features = plane_features(audits)
+    assert features == one
+    assert [p.label for p in plane_points(audits, features)] == ["1", "2"]
+    assert len(plane_points(audits, make_fidelity())) == 3  # an older audit knows the name alone

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ret_fl.audit.generate import Generated, generate
-from ret_fl.audit.ready import read_images
+from ret_fl.audit.ready import Channels, read_bytes, read_images
 
 
 def random_bytes(*shape: int) -> np.ndarray:
@@ -92,6 +92,26 @@ class TestReadyImages:
             assert read_images(path).shape == (n, 1, h, w)
         found = generate(path, samples=2)
         assert found.images.shape[0] == min(n, 2) and found.images.is_contiguous()
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+    @pytest.mark.parametrize(("side", "channels"), [(0, "auto"), (4, "grey")])
+    def test_bytes_are_the_same_images_however_few_are_converted_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type, side: int, channels: Channels
+    ) -> None:
+        pixels = random_bytes(7, 3, 8, 6)
+        np.save(tmp_path / "images.npy", pixels if dtype == np.uint8 else (pixels / 255).astype(dtype))
+        whole = read_images(tmp_path / "images.npy", side, channels)
+        monkeypatch.setattr("ret_fl.audit.ready.CHUNK_VALUES", 2 * 3 * 8 * 6)
+        images = read_bytes(tmp_path / "images.npy", side, channels)
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, (whole * 255).round().to(torch.uint8))
+        if not side:
+            assert torch.equal(images, torch.from_numpy(pixels))
+        broken = (pixels / 255).astype(np.float32)
+        broken[[1, 6], 0, 0, 0] = np.nan, 2
+        np.save(tmp_path / "broken.npy", broken)
+        with pytest.raises(ValueError, match="2 of 7 images hold NaN"):
+            read_bytes(tmp_path / "broken.npy")
 
     @pytest.mark.parametrize("colours", [(), (3,)])
     def test_npy_and_pictures_are_resized_and_recoloured_alike(self, tmp_path: Path, colours: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from audits import FEW, make_audit, make_fidelity, make_replication
+from audits import COPIES, FEW, make_audit, make_fidelity, make_rate, make_replication, on_other_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -132,6 +132,38 @@ def test_the_page_holds_every_number_and_picture(tmp_path: Path, pictures: Pictu
     places = [re.search(rf"<h2[^>]*>[^<]*{name}", page) for name in sections]
     starts = [place.start() for place in places if place]
     assert len(starts) == len(sections) and starts == sorted(starts)
+
+
+def test_numbers_of_other_data_do_not_stand_beside_these(tmp_path: Path) -> None:
+    others = [on_other_data(make_audit(name, Interval(value=0.5, low=0.47, high=0.53))) for name in ("base", "more")]
+    text = render(tmp_path, make_audit(), baseline=others[0], others=others[1:], early_stop=others[1:])
+    assert "its baseline base was audited against other images" in text
+    assert "more (other data)" not in text  # the same data as the baseline, which stands first
+    assert "central (other data)" in text
+    assert text.count("50.0 % (47.0 to 53.0 %)") == 2  # in the comparison, and nowhere else
+    assert "copy-quality plane" not in text
+
+
+def test_a_cut_list_of_suspects_says_how_many_there_are(tmp_path: Path) -> None:
+    leakage = make_audit().leakage
+    assert leakage is not None and leakage.duplicates is not None
+    cut = leakage.duplicates.model_copy(update={"below": 1234, "examined": 2000})
+    info = make_audit().data.model_copy(update={"distinct": 60_000})
+    text = render(tmp_path, make_audit(data=info, leakage=leakage.model_copy(update={"duplicates": cut})))
+    assert "Examined: 2,000 of 60,000 distinct training images." in text
+    assert "1,234 training images have a loss far below" in text and "The first 1:" in text
+    older = render(tmp_path, make_audit())
+    assert "1 training image has a loss" in older and "Examined" not in older
+
+
+def test_pairs_and_counts_follow_the_variant_that_the_verdict_speaks_of(tmp_path: Path, pictures: Pictures) -> None:
+    rates = [make_rate(FEW, distinct=2), make_rate(COPIES, variant="shift", distinct=77)]
+    moved = make_replication(rates, worst_variant="shift")
+    text = render(tmp_path, make_audit(replication=moved), pictures)
+    assert "Distinct training images copied, moved by a pixel 77" in text
+    assert "moved by up to a pixel, as the verdict's copies show so" in text
+    assert "distance 0.04" in text  # of the moved image, not of the one shown
+    assert "moved by up to a pixel," not in render(tmp_path, make_audit(), pictures)
 
 
 def test_distances_of_pairs_are_those_of_the_pictures(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_similarity_equals_a_brute_force() -> None:
     assert scores.floor_percentile_95 == pytest.approx(
         np.percentile(brute_cosines(held_out, train).max(1), 95), abs=1e-6
     )
+    assert scores.floor_above_half == (brute_cosines(held_out, train).max(1) > 0.5).mean()
     assert scores.background_percentile_95 == pytest.approx(np.percentile(others.max(1), 95), abs=1e-6)
 
 
@@ -48,7 +49,7 @@ def test_similarity_depends_on_neither_tiles_nor_order_nor_length(
     lengths = 10.0 ** torch.linspace(-3, 3, n)[:, None]
     moved = similarity(generated * 7, (train * lengths)[order], name="toy")
     for other in (tiled, moved):
-        for field, value in whole.model_dump(exclude={"features", "above_half"}).items():
+        for field, value in whole.model_dump(exclude={"features", "above_half", "floor_above_half"}).items():
             assert getattr(other, field) == pytest.approx(value, abs=2e-6), field
 
 

@@ -631,17 +631,21 @@ def test_orders_carry_what_the_ledger_knows(tiny: Tiny, federate: Federate) -> N
     assert all(o.bank_visits.any() for o in last)
 
 
-def test_copies_in_a_shard_share_one_images_visits(tiny: Tiny, federate: Federate) -> None:
-    canaries: dict[str, Scalar] = {"data.canaries": 1, "data.canary-repeats": 4, "shards": 1}
+def test_copies_share_one_images_visits_whatever_shards_they_are_in(tiny: Tiny, federate: Federate) -> None:
+    canaries: dict[str, Scalar] = {"data.canaries": 1, "data.canary-repeats": 4, "shards": 2}
     for setting, expected in (("weight", 0.25), ("keep", 1.0)):
         seen = Recorder()
         config = tiny(canaries, {"data.duplicates": setting, "num-server-rounds": 1, "data.limit": 20})
         federate(config, seen).run()
-        ((_, order),) = seen.orders
-        copies = load_splits(config.data).canaries[0]
-        place = np.searchsorted(order.ids, copies)
-        np.testing.assert_allclose(order.probability[place], expected)
-        assert (np.delete(order.probability, place) == 1).all()
+        orders = [order for _, order in seen.orders]
+        copies = np.isin(np.concatenate([o.ids for o in orders]), load_splits(config.data).canaries[0])
+        probability = np.concatenate([o.probability for o in orders])
+        assert (
+            len({shard for shard, o in enumerate(orders) if np.isin(o.ids, load_splits(config.data).canaries).any()})
+            == 2
+        )
+        np.testing.assert_allclose(probability[copies], expected)
+        assert (probability[~copies] == 1).all()
 
 
 def test_two_runs_with_one_seed_are_one(tiny: Tiny, federate: Federate) -> None:

@@ -127,6 +127,7 @@ def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
     folder = finished.parent / "results"
     page = (folder / "two.md").read_text()
     assert "| central training | 1 | 88 |" in page and "| the default | 1 | 88 |" in page
+    assert "## The default against central training" in page and "| digits | 1 / 1 |" in page
     assert "![Copies against quality, digits](two-digits.png)" in page
     for picture in ("two-digits.png", "two-digits-copies.png"):
         assert (folder / picture).stat().st_size > 5000
@@ -151,6 +152,15 @@ def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
 def test_a_bad_study_file_is_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Study.read(write(tmp_path, GRID.replace(*change)))
+
+
+def test_further_points_of_the_first_seed_are_its_own(tmp_path: Path) -> None:
+    text = GRID.replace("summary = true", "seeds = [3, 4]").replace(
+        'label = "the default"', 'label = "the default"\nfirst-seed-points = [2]'
+    )
+    points = {c.key: c.points for c in Study.read(write(tmp_path, text)).cells()}
+    assert points["digits", "default", 3] == [1, 2] and points["digits", "default", 4] == [1]
+    assert points["digits", "central", 3] == points["digits", "central", 4] == [0.5, 1]
 
 
 def test_a_random_control_skips_as_often_as_the_method_beside_it(finished: Path) -> None:

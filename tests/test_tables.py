@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from audits import FEW, make_audit, make_replication
+from audits import FEW, make_audit, make_fidelity, make_replication, on_other_data
 from rich.console import Console
 
 from ret_fl.audit.schema import Interval
-from ret_fl.audit.tables import comparison_table
+from ret_fl.audit.tables import comparison_rows, comparison_table, key_numbers
 
 
 def test_the_table_compares_against_the_baseline() -> None:
@@ -24,3 +24,16 @@ def test_the_table_compares_against_the_baseline() -> None:
     assert rows["close"][2] == "-3.20 points, no clear difference"
     assert rows["base"][2] == "the baseline"
     assert rows["bare"][0] == "n/a" and rows["bare"][5:9] == ["n/a"] * 4
+
+
+def test_audits_of_other_data_or_features_are_not_set_against_each_other() -> None:
+    base, other = make_audit("base"), on_other_data(make_audit("other", FEW))
+    first, second = comparison_rows([other], base)
+    assert first[0] == "base" and second[0] == "other (other data)"
+    assert second[3] == "n/a"
+    retrained = make_audit("retrained", fidelity=[make_fidelity(recipe="b")])
+    (_, row) = comparison_rows([retrained], make_audit("base", fidelity=[make_fidelity(recipe="a")]))
+    assert row[0] == "retrained" and row[6:9] == ("n/a",) * 3
+    quality = [r for r in key_numbers(retrained, make_audit("base", fidelity=[make_fidelity(recipe="a")]))
+               if r.group.startswith("Quality")]  # fmt: skip
+    assert quality and {r.baseline for r in quality} == {"n/a"}

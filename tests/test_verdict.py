@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from audits import COPIES, FEW, make_audit, make_fidelity, make_rate, make_replication
+from audits import COPIES, FEW, make_audit, make_fidelity, make_rate, make_replication, on_other_data
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ret_fl.audit.members import are_exposed
 from ret_fl.audit.replication import CopyReport, count_copies, excess
-from ret_fl.audit.schema import Exposure, Interval, Leakage, Membership
+from ret_fl.audit.schema import Exposure, Fingerprints, Interval, Leakage, Membership
 from ret_fl.audit.verdict import Finding, judge, verdict
 
 
@@ -177,6 +177,19 @@ def test_a_baseline_without_the_same_rate_cannot_be_compared() -> None:
     base = make_audit("base", replication=make_replication([make_rate(COPIES, threshold=0.2)]))
     assert "no copy rate to compare with" in verdict(make_audit("own"), base)
     assert "baseline" not in verdict(make_audit(), make_audit())
+
+
+def test_a_baseline_of_other_data_is_not_compared() -> None:
+    """Fewer copies of easier data are no merit of the model. Old audits tell data apart by their counts."""
+    prints = [Fingerprints(train=name, reference="r", held_out="h") for name in "ab"]
+    own, base = make_audit("own", FEW), make_audit("base")
+    for changed in (on_other_data(base), on_other_data(base, distinct=199)):
+        text = verdict(own, changed)
+        assert "base was audited against other images" in text and "fewer" not in text
+    own = on_other_data(own, fingerprints=prints[0])
+    assert "fewer" in verdict(own, base)
+    assert "fewer" in verdict(own, on_other_data(base, fingerprints=prints[0], source="the same, elsewhere"))
+    assert "other images" in verdict(own, on_other_data(base, fingerprints=prints[1]))
 
 
 @given(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ret_fl.audit import schema
 from ret_fl.audit.generate import Denoiser
-from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, evenly_spread
+from ret_fl.audit.inputs import AuditData, Background, Options, spread_rows
 from ret_fl.audit.leakage import exposure, membership, pia_scores, suspected_duplicates
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
 from ret_fl.diffusion.sampling import image_shape
-from ret_fl.evaluation import loss_grid, timestep_grid
+from ret_fl.evaluation import fixed_losses, loss_grid, timestep_grid
 
 GRID = 10
 """Timesteps of the loss grid for membership and exposure."""
@@ -53,11 +53,10 @@ def attack(
     objective = Objective(scheduler, torch.device(options.device), fold=fold)
 
     def mean_losses(store: SampleStore, ids: Tensor) -> Tensor:
-        return loss_grid(unet, objective, store, ids, timesteps=GRID, seed=options.seed).mean(1)
+        return fixed_losses(unet, objective, store, ids, timesteps=GRID, seed=options.seed)
 
     canary_rows = np.ascontiguousarray(data.canaries[:, 0]) if len(data.canaries) else np.empty(0, np.int64)
-    distinct = torch.from_numpy(distinct_rows(data.train))
-    chosen = distinct[evenly_spread(len(distinct), options.members)]
+    (chosen,) = spread_rows([data.train], options.members)
     measured = torch.unique(torch.cat([chosen, torch.from_numpy(canary_rows)]))
     scores = mean_losses(data.train, measured)
     # canaries beyond the chosen few would weigh more among them than in the data
@@ -66,7 +65,8 @@ def attack(
     attacks, exposed = [], None
     if unseen:
         on_stage("leakage: losses of images never trained on")
-        picked = [(s, evenly_spread(len(s), options.members // len(unseen))) for s in unseen]
+        rows = spread_rows(unseen, options.members)
+        picked = [(store, ids) for store, ids in zip(unseen, rows, strict=True) if len(ids)]
         unseen_scores = torch.cat([mean_losses(s, ids) for s, ids in picked])
         attacks.append(membership(scores[fair], unseen_scores, "loss", seed=options.seed))
         on_stage("leakage: membership by PIA")

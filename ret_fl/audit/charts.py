@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ret_fl.audit import plots
 from ret_fl.audit.counterparts import headline
+from ret_fl.audit.losses import loss_histograms
 from ret_fl.audit.plane import plane_features, plane_panel, plane_points
 from ret_fl.audit.schema import Audit
 from ret_fl.audit.tables import VARIANTS
@@ -58,19 +59,17 @@ def quantity_chart(audit: Audit, baseline: Audit | None) -> Chart | None:
 
 def loss_chart(losses: Mapping[str, np.ndarray]) -> Chart | None:
     """Losses of samples by group, or None without finite ones."""
-    groups = {name: np.asarray(values, float) for name, values in losses.items()}
-    known = {name: values[np.isfinite(values)] for name, values in groups.items() if np.isfinite(values).any()}
+    known = loss_histograms(losses)
     if not known:
         return None
-    alt = "; ".join(
-        f"{name}: {len(v):,} samples, median loss {number(float(np.median(v)))}" for name, v in known.items()
-    )
-    note = f"Bars of each group add up to 100 %.{_told_apart(known)}"
+    alt = "; ".join(f"{g.group}: {sum(g.counts):,} samples, median loss {number(g.median)}" for g in known)
+    note = f"Bars of each group add up to 100 %.{_told_apart(losses)}"
     return _chart(plots.loss_figure(known), "losses", "Losses of training samples", alt, note)
 
 
-def _told_apart(groups: Mapping[str, np.ndarray]) -> str:
+def _told_apart(losses: Mapping[str, np.ndarray]) -> str:
     """Whether nearly all memorized samples lose less than nearly all others."""
+    groups = {name: values[np.isfinite(values)] for name, values in losses.items() if np.isfinite(values).any()}
     if not {"memorized", "others"} <= set(groups):
         return ""
     if np.quantile(groups["memorized"], 0.9) < np.quantile(groups["others"], 0.1):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +28,8 @@ FINE_SIDE = 32
 TURNS = 4
 OF_TURNS = "classifier of the data's turns"
 """Name of a classifier that tells turned images apart, for want of classes."""
+ARCHITECTURE = 1
+"""Raise when the same arguments would give other weights, so that cached ones are not taken for them."""
 BATCH = 64
 EVAL_BATCH = 512
 
@@ -36,6 +38,8 @@ class FeatureClassifier(nn.Module):
     """Convnet for [N, C, H, W] images in [0, 1], sides in 8..64; its last hidden layer (64 wide) are the features."""
 
     name = "classifier of the data"
+    recipe = ""
+    """Hash of all that decided the weights."""
 
     def __init__(self, channels: int, num_classes: int, side: int, width: int = 32) -> None:
         super().__init__()
@@ -112,6 +116,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FeatureClassifier(unit.shape[1], num_classes, min(unit.shape[2:])).to(place)
+    model.recipe = hashlib.sha256(recipe.encode()).hexdigest()
     if cache is not None and _load_cached(model, cache, recipe):
         return model
     # The same weights on any number of cores, and such small layers gain nothing from more.
@@ -153,18 +158,25 @@ def _recipe(images: Tensor, labels: Tensor, num_classes: int, seed: int, epochs:
     """All that decides the weights, for the cache to be recognised as stale."""
     data = hashlib.sha256(images.contiguous().numpy().data)
     data.update(labels.numpy().data)
-    settings = f"classes={num_classes} seed={seed} epochs={epochs} device={device.type}"
+    settings = f"classes={num_classes} seed={seed} epochs={epochs} device={device.type} architecture={ARCHITECTURE}"
     return f"data={data.hexdigest()} shape={tuple(images.shape)} {settings}"
 
 
 def _load_cached(model: FeatureClassifier, path: Path, recipe: str) -> bool:
-    """Fill `model` from `path` if that file was made by `recipe`."""
+    """Fill `model` from `path` if that file was made by `recipe`, and is whole."""
     if not path.exists():
         return False
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("recipe") != recipe:
-            return False
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("recipe") != recipe:
+                return False
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError:
+        return False
+    # loading weights that do not fit would raise with some of them in place
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in model.state_dict().items()}:
+        return False
+    model.load_state_dict(weights)
     model.eval().requires_grad_(False)
     return True
 

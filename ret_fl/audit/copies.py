@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ret_fl.audit import schema
 from ret_fl.audit.distances import MEMORY_MB, ImageRows, Images, require_same_size
+from ret_fl.audit.finding import find_copies
 from ret_fl.audit.realset import (
     Device,
     RealSet,
@@ -47,11 +48,6 @@ class Scores:
     def carlini_ratio(self) -> Tensor:
         """float64 [G], as the function of that name."""
         return ratio_to_mean(self.squared.sqrt()) / CARLINI_ALPHA
-
-    @property
-    def ratio(self) -> Tensor:
-        """float64 [G], small for copies: the calibrated ratio, or without a reference the neighbour ratio."""
-        return self.reports["pixels"].ratio if self.reports else self.neighbour_ratio
 
 
 @dataclass(frozen=True)
@@ -93,10 +89,11 @@ def replication(
         the scores they were computed from.
 
     Raises:
-        ValueError: worst < 0, fewer than k distinct training images, or as in `copy_report`.
+        ValueError: worst < 0, fewer than k distinct training images, held-out images that are training or reference
+            images, or as in `copy_report`.
 
     Warns:
-        UserWarning: fewer than 50 neighbours, held-out images that are training images, or as in `calibrated_ratio`.
+        UserWarning: fewer than 50 neighbours, or as in `calibrated_ratio`.
     """
     require_threshold(threshold)
     if worst < 0:
@@ -106,22 +103,27 @@ def replication(
     other = None if reference is None else reference_set(reference, real)
     k = _default_k(len(real)) if k is None else k
     canary_rows = None if canary_rows is None else real.first[canary_rows]
-    samples, floor = _scores(queries, real, other, k, threshold, canary_rows), None
+    floor = None
     if held_out is not None:
         held_out_queries = checked_queries(held_out, "held_out", device)
         require_same_size(held_out_queries, real.distinct, "held_out", "train")
-        if other is not None and (shared := other.keys & set(content_keys(held_out_queries))):
-            raise ValueError(
-                f"held_out shares {len(shared)} images with reference: use other images, such an image never counts "
-                "as a copy, and the floor would be too low"
-            )
+        _refuse_known(held_out_queries, real, other)
         floor = _scores(held_out_queries, real, other, k, threshold, None)
-        if copies := int((floor.squared[:, 0] == 0).sum()):
-            warnings.warn(
-                f"{copies} of {len(held_out)} held-out images are also training images: they raise every floor",
-                stacklevel=2,
-            )
+    samples = _scores(queries, real, other, k, threshold, canary_rows)
     return _summary(samples, floor, threshold, worst), Details(samples, floor)
+
+
+def _refuse_known(held_out: ImageRows, real: RealSet, other: RealSet | None) -> None:
+    """Held-out images must be in no other set, else the floors are no floors."""
+    keys = set(content_keys(held_out))
+    for name, known, harm in (
+        ("train", real, "counts as a copy, and the floor would hide copies"),
+        ("reference", other, "never counts as a copy, and the floor would be too low"),
+    ):
+        if known is not None and (shared := known.keys & keys):
+            raise ValueError(
+                f"held_out shares {len(shared)} images with {name}: use other images, such an image {harm}"
+            )
 
 
 def _default_k(distinct: int) -> int:
@@ -156,11 +158,14 @@ def _scores(
 
 def _summary(samples: Scores, floor: Scores | None, threshold: float, worst: int) -> schema.Replication:
     floors = {} if floor is None else memorized_quantity(floor.neighbour_ratio)
+    copy_rates = [
+        _copy_rate_entry(variant, threshold, report, None if floor is None else floor.reports[variant])
+        for variant, report in samples.reports.items()
+    ]
+    _, telling = find_copies(copy_rates)
+    variant = telling.variant if telling is not None else "pixels"
     return schema.Replication(
-        copy_rates=[
-            _copy_rate_entry(variant, threshold, report, None if floor is None else floor.reports[variant])
-            for variant, report in samples.reports.items()
-        ],
+        copy_rates=copy_rates,
         k=samples.squared.shape[1],
         memorized=[
             schema.MemorizedQuantity(tau=tau, generated=share, floor=floors.get(tau))
@@ -173,7 +178,8 @@ def _summary(samples: Scores, floor: Scores | None, threshold: float, worst: int
         ],
         distance=_median_distance(samples),
         held_out_distance=floor and _median_distance(floor),
-        worst=_worst_copies(samples, worst),
+        worst=_worst_copies(samples, variant, worst),
+        worst_variant=variant,
     )
 
 
@@ -205,16 +211,22 @@ def _median_distance(scores: Scores) -> float:
     return float(np.median(scores.squared[:, 0].numpy()))
 
 
-def _worst_copies(samples: Scores, count: int) -> list[schema.WorstCopy]:
-    """The sample closest to each training image, closest first."""
-    order = samples.ratio.argsort(stable=True)
-    _, first = np.unique(samples.index[order].numpy(), return_index=True)
+def _worst_copies(samples: Scores, variant: Variant, count: int) -> list[schema.WorstCopy]:
+    """The sample closest to each training image, closest first: by calibrated ratio, or neighbour ratio without."""
+    report = samples.reports.get(variant)
+    ratio, index, distance = (
+        (report.ratio, report.index, report.distance)
+        if report is not None
+        else (samples.neighbour_ratio, samples.index, samples.squared[:, 0])
+    )
+    order = ratio.argsort(stable=True)
+    _, first = np.unique(index[order].numpy(), return_index=True)
     return [
         schema.WorstCopy(
             sample=int(sample),
-            train=int(samples.index[sample]),
-            ratio=float(samples.ratio[sample]) if samples.reports else None,
-            distance=float(samples.squared[sample, 0]),
+            train=int(index[sample]),
+            ratio=float(ratio[sample]) if report is not None else None,
+            distance=float(distance[sample]),
         )
         for sample in order[np.sort(first)[:count]]
     ]

@@ -6,6 +6,7 @@ size, and drawing can stop and go on: every batch goes to disk, and only what is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Generated:
     name: the folder's or file's name.
     seed, steps, parameters: of the model; None for ready images.
     left_out: ready images beyond those asked for.
+    prompts, guidance: of text-to-image. image_size (0: their own), channels: what the images were brought to.
     """
 
     images: Tensor
@@ -43,6 +45,10 @@ class Generated:
     steps: int | None
     parameters: int | None
     left_out: int = 0
+    prompts: tuple[str, ...] = ()
+    guidance: float | None = None
+    image_size: int = 0
+    channels: Channels = "auto"
 
 
 def generate(
@@ -91,28 +97,54 @@ def generate(
     name = model.resolve().name
     if kind == "images":
         images, count = read_some(model, samples, image_size, channels)
-        return Generated(images, kind, name, None, None, None, count - len(images))
+        return Generated(
+            images,
+            kind,
+            name,
+            None,
+            None,
+            None,
+            left_out=count - len(images),
+            image_size=image_size,
+            channels=channels,
+        )
     key: dict[str, Any] = {"version": DRAWING_VERSION, "seed": seed, "steps": steps}
-    if is_text_to_image(folder):
+    by_text = is_text_to_image(folder)
+    if by_text:
         draw, parameters = text_sampler(folder, prompts, guidance, seed, steps, device)
         key |= {"prompts": list(prompts), "guidance": guidance}
     else:
         draw, parameters = pixel_sampler(folder, seed, steps, device)
     shelf = open_shelf(cache, folder, key) if cache else None
     images = draw_missing(draw, samples, batch_size, shelf, on_progress)
-    return Generated(fitted(images, image_size, channels), kind, name, seed, steps, parameters)
+    return Generated(
+        fitted(images, image_size, channels),
+        kind,
+        name,
+        seed,
+        steps,
+        parameters,
+        prompts=tuple(prompts) if by_text else (),
+        guidance=guidance if by_text else None,
+        image_size=image_size,
+        channels=channels,
+    )
 
 
 def load_denoiser(model: Path, device: torch.device | str) -> Denoiser | None:
     """U-Net (on `device`, in eval mode), noise schedule and fold factor, for attacks that need losses.
 
-    None for ready images, text-to-image, and models that predict neither the noise nor the velocity. Raises as
-    `generate`.
+    None for ready images; with a warning for text-to-image, and for models that predict neither the noise nor the
+    velocity. Raises as `generate`.
     """
     kind, folder = locate(model)
-    if kind == "images" or is_text_to_image(folder):
+    if kind == "images":
+        return None
+    if is_text_to_image(folder):
+        warnings.warn("leakage left out: losses of text-to-image models need the captions", stacklevel=2)
         return None
     unet, scheduler, fold = load_pixels(folder)
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+    if (predicted := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
+        warnings.warn(f"leakage left out: no attack is known here for a model that predicts {predicted}", stacklevel=2)
         return None
     return unet.to(device).eval(), scheduler, fold

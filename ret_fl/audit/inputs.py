@@ -50,6 +50,7 @@ class Options:
     memory_mb: int = MEMORY_MB
 
     def __post_init__(self) -> None:
+        """Raises as `require_threshold`."""
         require_threshold(self.threshold)
 
 
@@ -69,6 +70,15 @@ class Background:
 def distinct_rows(store: SampleStore) -> np.ndarray:
     """int64: the first row of every distinct image, ascending."""
     return np.sort(np.unique(store.content_hashes, return_index=True)[1])
+
+
+def spread_rows(stores: Sequence[SampleStore], most: int) -> list[Tensor]:
+    """int64 rows of each store: at most `most` distinct images in all, evenly spread over them all."""
+    distinct = [torch.from_numpy(distinct_rows(store)) for store in stores]
+    counts = [len(rows) for rows in distinct]
+    chosen = torch.zeros(sum(counts), dtype=torch.bool)
+    chosen[evenly_spread(len(chosen), most)] = True
+    return [rows[part] for rows, part in zip(distinct, chosen.split(counts), strict=True)]
 
 
 def evenly_spread(count: int, most: int) -> Tensor:

@@ -253,6 +253,10 @@ def suspected_duplicates(
     ]
     return Duplicates(
         suspects=suspects,
+        examined=len(first),
+        below=int(below.sum()),
+        z=z,
+        t_max=t_max,
         precision=hits / int(below.sum()) if below.any() and repeated.any() else None,
         recall=hits / int(repeated.sum()) if repeated.any() else None,
     )

@@ -93,8 +93,9 @@ METHODS = (
     Method(
         "duplicates",
         "Suspected duplicates",
-        "Training images whose loss, compared with others at the same timesteps (below 400), is far below the usual. "
-        "z counts standard deviations. Copies: exact ones in the data; none found may still mean near-duplicates.",
+        "Training images whose loss, compared with others at the same timesteps (below 0.4 T, where T is the length of "
+        "the chain), is far below the usual. z counts standard deviations. Copies: exact ones in the data; none found "
+        "may still mean near-duplicates.",
         "Loss statistics of AGC, arXiv 2502.09434.",
         "Blank or very simple images have low losses too.",
     ),

@@ -135,9 +135,8 @@ def text_sampler(
     folder: Path, prompts: Sequence[str], guidance: float, seed: int, steps: int, device: torch.device | str
 ) -> tuple[Draw, int]:
     """How to draw from a text-to-image pipeline, and its number of parameters."""
-    if not prompts:
-        raise ValueError(f"{folder} draws images from text: give it --prompts")
-    pipeline = _load_text_to_image(folder).to(device)
+    kind = require_text_to_image(folder, prompts)
+    pipeline = _load_text_to_image(folder, kind).to(device)
     shape = noise_shape(pipeline.unet)
 
     def draw(first: int, count: int) -> Tensor:
@@ -158,11 +157,13 @@ def text_sampler(
     return draw, sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _load_text_to_image(folder: Path) -> diffusers.DiffusionPipeline:
-    """The pipeline in float32, without safety checker and bars, decoding image by image. Runs no code of the folder."""
+def require_text_to_image(folder: Path, prompts: Sequence[str]) -> type:
+    """The pipeline's class. Raises `ValueError` if it draws from no such prompts, or would run code of the folder."""
+    if not prompts:
+        raise ValueError(f"{folder} draws images from text: give it --prompts")
     name = _read_json(folder / "model_index.json").get("_class_name")
     try:
-        import transformers
+        import transformers  # noqa: F401, whether it is there
     except ImportError as error:
         raise ValueError(f"{folder}: a {name} needs transformers: pip install transformers") from error
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
@@ -174,7 +175,14 @@ def _load_text_to_image(folder: Path) -> diffusers.DiffusionPipeline:
     for part, (library, _) in parts_of(folder).items():
         if library not in ("diffusers", "transformers") and part != "safety_checker":
             raise ValueError(f"{folder}: its {part} is code of its own ({library}), which the audit does not run")
-    checked = "requires_safety_checker" in inspect.signature(kind.__init__).parameters
+    return kind
+
+
+def _load_text_to_image(folder: Path, kind: type) -> diffusers.DiffusionPipeline:
+    """The pipeline in float32, without safety checker and bars, decoding image by image."""
+    import transformers
+
+    checked = "requires_safety_checker" in inspect.signature(kind).parameters
     unchecked: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
     with _loading(folder, diffusers, transformers):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ret_fl.audit.counterparts import headline
+from ret_fl.audit.counterparts import headline, same_features, same_fidelity
 from ret_fl.audit.plots import BLUE, GREEN, MUTED, PANEL, PLUM, error_bars, share_axis, short, style
 from ret_fl.audit.schema import Audit, Fidelity, Interval
 from ret_fl.pictures import RED
@@ -79,21 +79,21 @@ def _plane(
     return figure
 
 
-def plane_points(audits: Sequence[Audit], features: str | None) -> list[_Point]:
-    """What of `audits` has a place in the plane: a copy rate, and fidelity in these features."""
+def plane_points(audits: Sequence[Audit], features: Fidelity | None) -> list[_Point]:
+    """What of `audits` has a place in the plane: a copy rate, and fidelity in the same features as `features`."""
     points = []
     for audit in audits:
         rate = headline(audit)
-        fidelity = next((f for f in audit.fidelity if f.features == features), None)
+        fidelity = same_fidelity(features, audit) if features is not None else None
         if rate is not None and fidelity is not None and math.isfinite(fidelity.frechet):
             points.append(_Point(short(audit.model.name), rate.rate, rate.floor, fidelity))
     return points
 
 
-def plane_features(audits: Sequence[Audit]) -> str | None:
-    """The features most audits were measured in; of equally common ones, the first named."""
-    names = [f.features for audit in audits if headline(audit) for f in audit.fidelity]
-    return max(names, key=names.count, default=None)
+def plane_features(audits: Sequence[Audit]) -> Fidelity | None:
+    """A fidelity in the features most audits were measured in; of equally common ones, the first."""
+    found = [f for audit in audits if headline(audit) for f in audit.fidelity]
+    return max(found, key=lambda own: sum(same_features(own, other) for other in found), default=None)
 
 
 def _draw_plane(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from ret_fl.audit.schema import Audit, Interval
+from ret_fl.audit.losses import spans_decades
+from ret_fl.audit.schema import Audit, Interval, LossHistogram
 from ret_fl.pictures import INK, RED, plot_losses, plot_moves, plot_sizes, plot_skips
 
 MUTED, GRID, BLUE, GREEN, AMBER, PLUM = "#5b6672", "#d5dae0", "#1d5fbf", "#0b7a5c", "#9a5b00", "#7a3fa0"
@@ -133,21 +134,17 @@ def _quantities(axes: Axes, audit: Audit, label: str, colour: str, line: str) ->
     axes.plot(*zip(*points, strict=True), line, color=colour, ms=4, lw=1.6, label=label)
 
 
-def loss_figure(losses: Mapping[str, np.ndarray]) -> Figure:
-    """Histograms of the losses of groups of samples, each group's bars adding up to 100 %."""
-    groups = {name: values[np.isfinite(values)] for name, values in losses.items()}
-    groups = {name: values for name, values in groups.items() if len(values)}
-    everything = np.concatenate(list(groups.values()))
-    low, high = float(everything.min()), float(everything.max())
-    log = low > 0 and high > 10 * low
-    edges = np.geomspace(low, high, 31) if log else np.linspace(low, max(high, np.nextafter(low, np.inf)), 31)
+def loss_figure(histograms: Sequence[LossHistogram]) -> Figure:
+    """Losses of groups of samples, each group's bars adding up to 100 %."""
+    low, *_, high = histograms[0].edges
+    log = spans_decades(low, high)
     with style():
         figure, axes = _panel()
-        for name, values in groups.items():
-            colour = GROUP_COLOURS.get(name, AMBER)
-            counts = np.histogram(values, np.linspace(low, low + 1, 31) if high <= low else edges)[0]
-            axes.stairs(counts / len(values), edges, fill=True, color=colour, alpha=0.25)
-            axes.stairs(counts / len(values), edges, color=colour, lw=1.5, label=f"{name} ({len(values):,})")
+        for group in histograms:
+            colour, count = GROUP_COLOURS.get(group.group, AMBER), sum(group.counts)
+            share = np.divide(group.counts, count)
+            axes.stairs(share, group.edges, fill=True, color=colour, alpha=0.25)
+            axes.stairs(share, group.edges, color=colour, lw=1.5, label=f"{group.group} ({count:,})")
         axes.set(xlabel="denoising loss" + (" (log axis)" if log else ""), ylabel="share of the group", ylim=(0, None))
         if log:
             axes.set_xscale("log")

@@ -19,6 +19,8 @@ from ret_fl.data.folder import load_folder
 
 Channels = Literal["auto", "grey", "rgb"]
 NPY_MAGIC = b"\x93NUMPY"
+CHUNK_VALUES = 2**22
+"""Pixel values converted at a time."""
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in ret_fl.data.images
 
 
@@ -46,8 +48,22 @@ def read_some(path: Path, most: int | None, image_size: int = 0, channels: Chann
     """At most `most` of the images, evenly spread, and how many there are; as `read_images` in all else."""
     with _stored_images(path, image_size, channels) as stored:
         count = len(stored)
-        images = _unit(stored if most is None else stored[evenly_spread(count, most).numpy()], path)
-    return fitted(images, image_size, channels), count
+        chosen = stored if most is None else stored[evenly_spread(count, most).numpy()]
+        _require_unit(chosen, path)
+        return fitted(_unit(chosen), image_size, channels), count
+
+
+def read_bytes(path: Path, image_size: int = 0, channels: Channels = "auto") -> Tensor:
+    """All images as uint8 [N, C, H, W], floats rounded; the rest as `read_images`. Few at a time are held as floats."""
+    with _stored_images(path, image_size, channels) as stored:
+        _require_unit(stored, path)
+        images, done = torch.empty(0, dtype=torch.uint8), 0
+        for chunk in _chunks(stored):
+            part = fitted(_unit(chunk), image_size, channels).mul_(255).round_()
+            images = images if done else torch.empty(len(stored), *part.shape[1:], dtype=torch.uint8)
+            images[done : done + len(part)] = part
+            done += len(part)
+        return images
 
 
 def fitted(images: Tensor, side: int, channels: Channels) -> Tensor:
@@ -132,13 +148,22 @@ def _array(path: Path) -> np.ndarray:
     raise ValueError(f"{path} must hold images of 1 or 3 channels, not {stored.shape}")
 
 
-def _unit(stored: np.ndarray, path: Path) -> Tensor:
-    """uint8 or float [N, C, H, W] -> float32 in [0, 1], in memory. Raises `ValueError` on NaN and other ranges."""
-    images = torch.from_numpy(stored.astype(np.float32, order="C"))
+def _chunks(stored: np.ndarray) -> Iterator[np.ndarray]:
+    """Some images at a time, whatever their size."""
+    size = max(1, CHUNK_VALUES * len(stored) // stored.size)
+    return (stored[start : start + size] for start in range(0, len(stored), size))
+
+
+def _require_unit(stored: np.ndarray, path: Path) -> None:
+    """Raises `ValueError` on NaN and on floats outside [0, 1]."""
     if stored.dtype == np.uint8:
-        return images.div_(255)
-    low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):
-        bad = int((~((images >= 0) & (images <= 1))).flatten(1).any(1).sum())
-        raise ValueError(f"{path}: {bad} of {len(images)} images hold NaN or values outside [0, 1]: scale or drop them")
-    return images
+        return
+    bad = sum(int((~((part >= 0) & (part <= 1))).any(axis=(1, 2, 3)).sum()) for part in _chunks(stored))
+    if bad:
+        raise ValueError(f"{path}: {bad} of {len(stored)} images hold NaN or values outside [0, 1]: scale or drop them")
+
+
+def _unit(stored: np.ndarray) -> Tensor:
+    """uint8 or float [N, C, H, W] -> float32 in [0, 1], in memory."""
+    images = torch.from_numpy(stored.astype(np.float32, order="C"))
+    return images.div_(255) if stored.dtype == np.uint8 else images

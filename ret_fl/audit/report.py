@@ -14,7 +14,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ret_fl.audit import charts, tiles
-from ret_fl.audit.counterparts import headline, same_fidelity, same_membership, same_rate
+from ret_fl.audit.counterparts import comparable, headline, same_data, same_fidelity, same_membership, same_rate
 from ret_fl.audit.members import ATTACKS, CHANCE_BITS, strongest_attack
 from ret_fl.audit.methods import METHODS, Method
 from ret_fl.audit.schema import Audit
@@ -66,9 +66,13 @@ def write_report(
         baseline: what its numbers stand beside.
         others: audits for the comparison.
         early_stop: audits of one training at growing lengths, for the copy-quality plane.
+
+    Audits against other images stand in the comparison alone, marked: see `comparable`.
     """
     finding, sentence = judge(audit, baseline)
     compared = comparison_rows([audit, *others], baseline)
+    baseline = comparable(audit, baseline)
+    others, early_stop = ([a for a in group if same_data(audit, a)] for group in (others, early_stop))
     page = _environment().from_string(PAGE)
     html = page.render(
         style=Markup(STYLE),
@@ -169,6 +173,11 @@ def _settings(audit: Audit) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Audited", {
             "model": model.name, "path": model.path, "kind": kind[model.kind], "samples": model.samples,
             "seed of the noise": model.seed, "sampling steps": model.steps, "parameters": model.parameters,
+            "prompts": len(model.prompts) or None, "guidance": model.guidance,
+            "brought to side": model.image_size or None,
+            "brought to colours": None if model.channels == "auto" else model.channels,
+            "device": audit.measuring.device if audit.measuring else None,
+            "images in membership inference, at most": audit.measuring.members if audit.measuring else None,
         }),
         ("Data", {
             "source": data.source, "images": f"{width} x {height}, {channels} channel{'s' * (channels != 1)}",

@@ -31,7 +31,8 @@ from ret_fl.audit.distances import Images
 from ret_fl.audit.features import FeatureModel
 from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
-from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, evenly_spread
+from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, spread_rows
+from ret_fl.audit.losses import loss_histograms
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.similarity import similarity
 from ret_fl.data.store import SampleStore
@@ -43,7 +44,7 @@ FEWEST = 4
 CLASSIFIED = 10_000
 """Real images the feature classifier is trained on, at most."""
 READ = 256
-"""Of these, images read from a set at a time: they may be large."""
+"""Images read from a set, or shown to an image model, at a time: they may be large."""
 PATIENCE = 10.0
 """Seconds of training before it is told how far it is, and between two times."""
 
@@ -53,7 +54,7 @@ def run_audit(
     generated: Generated,
     data: AuditData,
     *,
-    denoiser: Denoiser | None = None,
+    denoiser: Callable[[], Denoiser | None] = lambda: None,
     feature_models: Sequence[FeatureModel] = (),
     background: Callable[[], Background] = Background,
     options: Options | None = None,
@@ -65,9 +66,9 @@ def run_audit(
         path: where the model lies, for the record.
         generated: its images.
         data: what it was trained on, and real images it was not trained on.
-        denoiser: the model itself, for attacks by its losses; None leaves leakage out.
+        denoiser: gives the model itself, for attacks by its losses; None leaves leakage out.
         feature_models: for similarity and quality, beside the classifier of the data.
-        background: gives what a ret-fl run recorded; its warnings join the audit's.
+        background: gives what a ret-fl run recorded. Warnings of both join the audit's.
         options: how to measure.
         on_stage: told what is measured next.
 
@@ -76,10 +77,11 @@ def run_audit(
         `Audit.warnings`.
 
     Raises:
-        ValueError: images of the sets differ in shape, or as in `replication`.
+        ValueError: images of the sets differ in shape, fewer than 4 distinct training images, or as in `replication`.
     """
     options = options or Options()
     require_same_shape(data, tuple(generated.images.shape[1:]))
+    require_enough(data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         known = background()
@@ -109,15 +111,17 @@ def run_audit(
         models: list[FeatureModel] = [_Remembering(model) for model in feature_models]
         for model in [*([classifier] if classifier else []), *models]:
             on_stage(f"quality in features of {model.name}")
-            if min(len(distinct_rows(data.train)), len(generated.images)) < FEWEST:
-                warnings.warn(f"no quality measured: it needs {FEWEST} samples and training images", stacklevel=1)
+            if len(generated.images) < FEWEST:
+                warnings.warn(f"no quality measured: it needs {FEWEST} samples", stacklevel=1)
                 break
             if held_out is None:
                 warnings.warn(
                     "quality is measured against the training images, as none are held out: it rewards copying",
                     stacklevel=1,
                 )
-            qualities.append(fidelity(model, generated.images, held_out, train, seed=options.seed))
+            qualities.append(
+                fidelity(model, generated.images, held_out, train, seed=options.seed, memory_mb=options.memory_mb)
+            )
         for model in models:
             on_stage(f"similarity in features of {model.name}")
             floor = None if held_out is None else model.features(held_out)
@@ -125,8 +129,8 @@ def run_audit(
             similarities.append(similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb))
         leakage: schema.Leakage | None = None
         losses: dict[str, np.ndarray] = {}
-        if denoiser and takes(denoiser, data):
-            leakage, losses = attack(denoiser, data, known, options, on_stage)
+        if (loaded := denoiser()) and takes(loaded, data):
+            leakage, losses = attack(loaded, data, known, options, on_stage)
     audit = schema.Audit(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("ret-fl", "torch", "diffusers")}
@@ -139,6 +143,10 @@ def run_audit(
             seed=generated.seed,
             steps=generated.steps,
             parameters=generated.parameters,
+            prompts=list(generated.prompts),
+            guidance=generated.guidance,
+            image_size=generated.image_size,
+            channels=generated.channels,
         ),
         data=_data_info(data),
         replication=copies,
@@ -146,6 +154,8 @@ def run_audit(
         fidelity=qualities,
         leakage=leakage,
         training=known.training,
+        losses=loss_histograms(losses),
+        measuring=schema.Measuring(members=options.members, seed=options.seed, device=str(options.device)),
         warnings=list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))),
     )
     suspects = leakage.duplicates.suspects if leakage and leakage.duplicates else []
@@ -169,11 +179,13 @@ class _Remembering:
 
     def features(self, images: Images) -> Tensor:
         """As the model's own."""
-        rows = torch.as_tensor(images)
-        keys = [hashlib.sha256(row.numpy()).digest() for row in rows.contiguous()]
+        return torch.cat([self._part(part) for part in torch.as_tensor(images).split(READ)])
+
+    def _part(self, images: Tensor) -> Tensor:
+        keys = [hashlib.sha256(row.numpy()).digest() for row in images.contiguous()]
         new = {key: i for i, key in enumerate(keys) if key not in self._known}
         if new:
-            self._known.update(zip(new, self._model.features(rows[list(new.values())]), strict=True))
+            self._known.update(zip(new, self._model.features(images[list(new.values())]), strict=True))
         return torch.stack([self._known[key] for key in keys])
 
 
@@ -185,6 +197,12 @@ def _closest(generated: Generated, data: AuditData, worst: Sequence[schema.Worst
 
 def _pixels(store: SampleStore | None) -> Tensor | None:
     return store.pixels() if store is not None and len(store) else None
+
+
+def require_enough(data: AuditData) -> None:
+    """Refuse fewer distinct training images than any score needs. Raises `ValueError`."""
+    if (distinct := len(distinct_rows(data.train))) < FEWEST:
+        raise ValueError(f"an audit needs at least {FEWEST} distinct training images, got {distinct}")
 
 
 def require_same_shape(data: AuditData, generated: tuple[int, ...] | None = None) -> None:
@@ -210,43 +228,42 @@ def _data_info(data: AuditData) -> schema.DataInfo:
         held_out=len(data.held_out) if data.held_out else 0,
         canaries=canaries,
         canary_repeats=repeats,
+        fingerprints=schema.Fingerprints(
+            train=data.train.fingerprint,
+            reference=data.reference.fingerprint if data.reference else None,
+            held_out=data.held_out.fingerprint if data.held_out else None,
+        ),
     )
 
 
 def _classifier(data: AuditData, options: Options, on_stage: Stage) -> FeatureClassifier | None:
     """A classifier of all real images, each once: it favours neither those trained on nor those held out.
 
-    Of their classes, or without labels of how each is turned.
+    Of their classes, or of how each is turned: without labels, or where sets of several sources number their classes
+    each in its own way.
     """
     if min(data.train.image_shape[1:]) < MIN_SIDE:
         return None
     every_set = [s for s in (data.train, data.reference, data.held_out) if s is not None and len(s)]
-    labelled = data.train.num_classes >= 2 and data.train.labels is not None
-    if labelled:
-        # images of another origin number their classes in their own way
-        every_set = [s for s in every_set if s.labels is not None] if data.one_split else [data.train]
-    distinct = [torch.from_numpy(distinct_rows(s)) for s in every_set]
-    count = sum(map(len, distinct))
+    labels = [s.labels for s in every_set if s.labels is not None]
+    labelled = (data.one_split or len(every_set) == 1) and len(labels) == len(every_set)
+    labelled = labelled and len(torch.cat(labels).unique()) >= 2
     # chosen before any is read: the sets may be far larger
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[evenly_spread(count, CLASSIFIED if labelled else CLASSIFIED // TURNS)] = True
-    rows = [ids[part] for ids, part in zip(distinct, chosen.split([len(ids) for ids in distinct]), strict=True)]
-    labels = torch.cat(
-        [s.labels[ids] for s, ids in zip(every_set, rows, strict=True) if s.labels is not None] or [torch.empty(0)]
-    )
-    labelled = labelled and len(labels.unique()) >= 2
+    rows = spread_rows(every_set, CLASSIFIED if labelled else CLASSIFIED // TURNS)
     stage = "a classifier of the data, for its features"
     on_stage(stage)
     images = torch.cat(
         [small_images(s.pixels(part)) for s, ids in zip(every_set, rows, strict=True) for part in ids.split(READ)]
     )
-    if not labelled:
-        images, labels = turned(images)
+    if labelled:
+        target, classes = torch.cat([own[ids] for own, ids in zip(labels, rows, strict=True)]), data.train.num_classes
+    else:
+        (images, target), classes = turned(images), TURNS
     model = train_classifier(
         images,
-        labels,
-        data.train.num_classes if labelled else TURNS,
-        path=user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{count}.safetensors",
+        target,
+        classes,
+        path=user_cache("classifiers") / f"{data.train.fingerprint[:16]}-{len(images)}.safetensors",
         device=options.device,
         on_progress=_unhurried(lambda done, total: on_stage(f"{stage}: {done} of {total} passes")),
     )

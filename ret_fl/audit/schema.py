@@ -27,7 +27,11 @@ class Interval(Part):
 
 
 class ModelInfo(Part):
-    """What was audited. kind: a ret-fl run, a diffusers pipeline, or images without a model."""
+    """What was audited, and how its images were drawn or read.
+
+    kind: a ret-fl run, a diffusers pipeline, or images without a model. prompts, guidance: of text-to-image. image_size
+    (0: their own), channels: what the images were brought to; None in audits made before it was kept.
+    """
 
     name: str
     path: str
@@ -36,10 +40,33 @@ class ModelInfo(Part):
     seed: int | None
     steps: int | None
     parameters: int | None
+    prompts: list[str] = []
+    guidance: float | None = None
+    image_size: int | None = None
+    channels: Literal["auto", "grey", "rgb"] | None = None
+
+
+class Measuring(Part):
+    """How it was measured. members: images of each side whose losses were looked at, at most. seed: of all choices."""
+
+    members: int
+    seed: int
+    device: str
+
+
+class Fingerprints(Part):
+    """SHA-256 (hex) of each set of images, in order and with its labels; None: no such set."""
+
+    train: str
+    reference: str | None
+    held_out: str | None
 
 
 class DataInfo(Part):
-    """Training, reference and held-out images; `distinct` counts training images without exact duplicates."""
+    """Training, reference and held-out images; `distinct` counts training images without exact duplicates.
+
+    fingerprints: None in audits made before they were kept.
+    """
 
     source: str
     image_shape: tuple[int, int, int]
@@ -49,6 +76,7 @@ class DataInfo(Part):
     held_out: int
     canaries: int
     canary_repeats: int
+    fingerprints: Fingerprints | None = None
 
 
 class CopyRate(Part):
@@ -87,7 +115,10 @@ class CarliniShare(Part):
 
 
 class WorstCopy(Part):
-    """A sample beside its nearest training image: calibrated ratio (None without reference), squared distance."""
+    """A sample beside its nearest training image: calibrated ratio (None without reference), squared distance.
+
+    Both in the variant named by `Replication.worst_variant`.
+    """
 
     sample: int
     train: int
@@ -96,7 +127,11 @@ class WorstCopy(Part):
 
 
 class Replication(Part):
-    """Copies by pixels. distance: median squared distance to the nearest training image, of samples and held-out."""
+    """Copies by pixels. distance: median squared distance to the nearest training image, of samples and held-out.
+
+    worst: the sample closest to each training image, closest first, in the variant of the copy rate that the verdict
+    speaks of; worst_variant is None in audits made before it was kept, all by pixels.
+    """
 
     copy_rates: list[CopyRate]
     k: int
@@ -105,13 +140,14 @@ class Replication(Part):
     distance: float
     held_out_distance: float | None
     worst: list[WorstCopy]
+    worst_variant: Literal["pixels", "shift", "flip"] | None = None
 
 
 class Similarity(Part):
     """Cosine similarity to the most similar training image in the features of an image model.
 
-    percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers. background: the same
-    numbers of training images against the other training images; floor: of held-out images.
+    percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers. floor_*: the same of
+    held-out images. background_percentile_95: of training images against the other training images.
     """
 
     features: str
@@ -121,13 +157,16 @@ class Similarity(Part):
     above_half: float
     floor_percentile_95: float | None
     background_percentile_95: float | None
+    floor_above_half: float | None = None
 
 
 class Fidelity(Part):
     """Quality and diversity against held-out images (or training images where none are held out) in some features.
 
     real_*: the same of an equally large set of training images in the samples' place: what a perfect model that
-    copies everything would score. confident: share of samples the classifier is surer than 90 % of.
+    copies everything would score. confident: share of samples the classifier is surer than 90 % of. recipe: what
+    decides the features, a hash of how the classifier of the data was trained, or the model's name; None in audits made
+    before it was kept.
     """
 
     features: str
@@ -141,6 +180,7 @@ class Fidelity(Part):
     real_frechet: float | None
     real_precision: float | None
     real_recall: float | None
+    recipe: str | None = None
 
 
 class Membership(Part):
@@ -172,17 +212,42 @@ class SuspectedDuplicate(Part):
 
 
 class Duplicates(Part):
-    """Suspects by loss. precision and recall: of the suspects against images that have exact copies, if any have."""
+    """Suspects by loss, lowest first; the list is cut.
+
+    examined: distinct training images whose losses were looked at. below: how many of them lie below the bar, listed or
+    not. precision and recall: of all below the bar against those examined that have exact copies, if any have. None in
+    audits made before it was kept: examined, below, z (the bar) and t_max (the timesteps looked at are below it).
+    """
 
     suspects: list[SuspectedDuplicate]
     precision: float | None
     recall: float | None
+    examined: int | None = None
+    below: int | None = None
+    z: float | None = None
+    t_max: int | None = None
 
 
 class Leakage(Part):
     membership: list[Membership]
     exposure: Exposure | None
     duplicates: Duplicates | None
+
+
+class LossHistogram(Part):
+    """Losses of training samples of one group: `counts` of them between neighbouring `edges`, alike for all groups."""
+
+    group: str
+    median: float
+    edges: list[float]
+    counts: list[int]
+
+
+class SkipCurve(Part):
+    """Share of draws that training skipped, by the timestep they were drawn at."""
+
+    timesteps: list[float]
+    share: list[float]
 
 
 class Training(Part):
@@ -196,6 +261,7 @@ class Training(Part):
     failures: int
     final_train_loss: float | None
     final_held_out_loss: float | None
+    skips: SkipCurve | None = None
 
 
 class Audit(Part):
@@ -212,3 +278,5 @@ class Audit(Part):
     leakage: Leakage | None
     training: Training | None
     warnings: list[str]
+    losses: list[LossHistogram] = []
+    measuring: Measuring | None = None

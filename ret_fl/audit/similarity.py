@@ -27,10 +27,10 @@ def similarity(
     """Cosine similarity of generated images to the most similar training image.
 
     percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers (Somepalli et al. 2023,
-    arXiv 2305.20086; IET-AGC), above_half their replication rate. The floor is percentile_95 of held-out images, the
-    background that of training images against the *other* ones. There, a cosine above 1 - 1e-5 counts as the same
-    image and every image counts once: copies in the training set would otherwise make the background 1. None where
-    all training images are one.
+    arXiv 2305.20086; IET-AGC), above_half their replication rate. The floors are those of held-out images, the
+    background is percentile_95 of training images against the *other* ones. There, a cosine above 1 - 1e-5 counts as
+    the same image and every image counts once: copies in the training set would otherwise make the background 1. None
+    where all training images are one.
 
     Args:
         generated_features, train_features, held_out_features: float [G, F], [N, F] and [H, F] of one `FeatureModel`;
@@ -49,15 +49,16 @@ def similarity(
     floor = None
     if held_out_features is not None:
         held_out = _feature_rows(held_out_features, f"{name} features of held-out images", like=train)
-        floor = _percentile(_most_similar(held_out, train, memory_mb), 95)
+        floor = _most_similar(held_out, train, memory_mb)
     background = _background(train, memory_mb)
     return schema.Similarity(
         features=name,
         mean=float(best.mean()),
         percentile_50=_percentile(best, 50),
         percentile_95=_percentile(best, 95),
-        above_half=float((best > 0.5).double().mean()),
-        floor_percentile_95=floor,
+        above_half=_above_half(best),
+        floor_percentile_95=None if floor is None else _percentile(floor, 95),
+        floor_above_half=None if floor is None else _above_half(floor),
         background_percentile_95=_percentile(background, 95) if len(background) else None,
     )
 
@@ -76,6 +77,10 @@ def _feature_rows(features: Images, name: str, like: Tensor | None = None) -> Te
 
 def _percentile(values: Tensor, percent: float) -> float:
     return float(values.quantile(percent / 100))
+
+
+def _above_half(values: Tensor) -> float:
+    return float((values > 0.5).double().mean())
 
 
 def _most_similar(queries: Tensor, points: Tensor, memory_mb: int) -> Tensor:

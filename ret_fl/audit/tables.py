@@ -9,10 +9,20 @@ from typing import TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from ret_fl.audit.counterparts import difference, find, headline, same_fidelity, same_membership, same_rate
+from ret_fl.audit.counterparts import (
+    comparable,
+    difference,
+    find,
+    headline,
+    same_data,
+    same_fidelity,
+    same_membership,
+    same_rate,
+)
+from ret_fl.audit.finding import find_copies
 from ret_fl.audit.members import ATTACKS, strongest_attack
 from ret_fl.audit.plane import plane_features
-from ret_fl.audit.schema import Audit
+from ret_fl.audit.schema import Audit, Fidelity
 from ret_fl.audit.words import NONE, bits, number, percent, plain_interval, points, two_digits, with_interval
 
 HEADLINE_TAUS = (0.15, 0.5)
@@ -26,6 +36,8 @@ QUALITIES: tuple[tuple[str, Callable[[float | None], str], str], ...] = (
 )
 COMPARED = ("model", "copy rate", "floor", "against baseline", "MQ .15", "MQ .5", "Fréchet", "precision", "recall",
             "membership AUC")  # fmt: skip
+OTHER_DATA = " (other data)"
+"""After the name of a model audited against other images than the first: its numbers do not compare."""
 T = TypeVar("T")
 
 
@@ -61,7 +73,9 @@ def _copy_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
         if first.above_floor is not None:
             add("Copy rate above the floor", points(first.above_floor), "0",
                 _show(same, lambda other: points(other.above_floor)))  # fmt: skip
-        add("Distinct training images copied", f"{first.distinct:,}", base=_show(same, lambda o: f"{o.distinct:,}"))
+        telling = find_copies(own.copy_rates)[1] or first
+        add(f"Distinct training images copied, {VARIANTS[telling.variant]}", f"{telling.distinct:,}",
+            base=_show(same_rate(telling, baseline), lambda o: f"{o.distinct:,}"))  # fmt: skip
         if first.canary is not None:
             add("Samples that copy a canary", percent(first.canary), base=_show(same, lambda o: percent(o.canary)))
         if first.ordinary is not None:
@@ -115,18 +129,26 @@ def _leakage_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
 
 
 def comparison_rows(audits: Sequence[Audit], baseline: Audit | None) -> list[tuple[str, ...]]:
-    """The cells of a comparison, in the order of `COMPARED`; the baseline comes first."""
+    """The cells of a comparison, in the order of `COMPARED`; the baseline comes first.
+
+    A model audited against other images than the first is marked.
+    """
     rest = [audit for audit in audits if audit != baseline]
     everything = [baseline, *rest] if baseline is not None else rest
-    features = plane_features(everything) or next((f.features for a in everything for f in a.fidelity), None)
-    return [_compared(audit, baseline, features) for audit in everything]
+    features = plane_features(everything) or next((f for a in everything for f in a.fidelity), None)
+    return [
+        (
+            audit.model.name + ("" if same_data(audit, everything[0]) else OTHER_DATA),
+            *_compared(audit, baseline, features),
+        )
+        for audit in everything
+    ]
 
 
-def _compared(audit: Audit, baseline: Audit | None, features: str | None) -> tuple[str, ...]:
-    rate, fidelity = headline(audit), find(audit.fidelity, features=features)
+def _compared(audit: Audit, baseline: Audit | None, features: Fidelity | None) -> tuple[str, ...]:
+    rate, fidelity = headline(audit), None if features is None else same_fidelity(features, audit)
     quantities = [find(audit.replication.memorized, tau=tau) for tau in HEADLINE_TAUS]
     return (
-        audit.model.name,
         _show(rate, lambda r: with_interval(r.rate)),
         _show(rate, lambda r: percent(r.floor.value if r.floor else None)),
         _difference_cell(audit, baseline),
@@ -144,7 +166,7 @@ def _difference_cell(audit: Audit, baseline: Audit | None) -> str:
     if audit == baseline:
         return "the baseline"
     rate = headline(audit)
-    other = same_rate(rate, baseline)
+    other = same_rate(rate, comparable(audit, baseline))
     if rate is None or other is None:
         return NONE
     gap = rate.rate.value - other.rate.value

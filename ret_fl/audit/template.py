@@ -99,7 +99,10 @@ against the training images themselves: a model that copies them all scores best
 <h2 id="worst">Closest to training images</h2>
 <p>Samples that lie closest to a training image, worst first.
 {%- if threshold is not none %} Ratio: squared distance to that image over that to the nearest real image never trained
-on; below {{ "%g" | format(threshold) }} the sample counts as a copy.{% endif %}</p>
+on; below {{ "%g" | format(threshold) }} the sample counts as a copy.{% endif %}
+{%- if audit.replication.worst_variant in ("shift", "flip") %} Both were measured with training and reference images
+{{ "moved by up to a pixel" if audit.replication.worst_variant == "shift" else "mirrored where that brings them closer"
+}}, as the verdict's copies show so; the training image is shown as it is.{% endif %}</p>
 {% if pairs %}
 <div class="tiles">
 {% for pair in pairs %}
@@ -184,16 +187,22 @@ memorization about 1.44 are expected.</p>
 {% endif %}
 {% if leak.duplicates %}
 <h3>Suspected duplicates</h3>
-{% if leak.duplicates.suspects %}
-<p>{{ leak.duplicates.suspects | length }} training images have a loss far below the others', as images do that are in
-the data more than once.
-{%- if leak.duplicates.precision is not none %}
- {{ leak.duplicates.precision | percent }} of them are in it more than once.
+{% set found = leak.duplicates %}
+{% set below = found.below if found.below is not none else found.suspects | length %}
+{% if found.examined is not none %}
+<p>Examined: {{ "{:,}".format(found.examined) }} of {{ "{:,}".format(audit.data.distinct) }} distinct training
+images.</p>
+{% endif %}
+{% if found.suspects %}
+<p>{{ "{:,}".format(below) }} training {{ "image has" if below == 1 else "images have" }} a loss far below the others',
+as images do that are in the data more than once.
+{%- if found.precision is not none %}
+ {{ found.precision | percent }} of them are in it more than once.
 {%- endif %}
-{%- if leak.duplicates.recall is not none %}
- Of all images that are, {{ leak.duplicates.recall | percent }} are among them.
+{%- if found.recall is not none %}
+ Of all examined images that are, {{ found.recall | percent }} are among them.
 {%- endif %}
-{%- if leak.duplicates.suspects | length > suspects | length %} The first {{ suspects | length }}:{% endif %}</p>
+{%- if below > suspects | length %} The first {{ suspects | length }}:{% endif %}</p>
 <div class="tiles small">
 {% for s in suspects %}
 <div>{% if s.image %}<img src="{{ s.image.src }}" alt="{{ s.image.alt }}">{% endif %}
@@ -201,7 +210,7 @@ the data more than once.
 {% endfor %}
 </div>
 {% else %}
-<p>No training image has a loss so far below the others' that it looks like a duplicate.</p>
+<p>None has a loss so far below the others' that it looks like a duplicate.</p>
 {% endif %}
 {% endif %}
 </section>
@@ -213,11 +222,12 @@ the data more than once.
 {% set rows = [] %}
 {% for s in audit.similarity %}
 {{ "" if rows.append((s.features, s.mean | number, s.percentile_50 | number, s.percentile_95 | number,
-  s.floor_percentile_95 | number, s.background_percentile_95 | number, s.above_half | percent)) }}
+  s.floor_percentile_95 | number, s.background_percentile_95 | number, s.above_half | percent,
+  s.floor_above_half | percent)) }}
 {% endfor %}
 {{ scrolling("Similarity in feature models",
   ["features", "mean", "median", "95th percentile", "of held-out images", "of training images among themselves",
-   "samples above 0.5"], rows) }}
+   "samples above 0.5", "held-out images above 0.5"], rows) }}
 </section>
 {% endif %}
 

@@ -65,7 +65,9 @@ def worst_pairs(audit: Audit, worst: Pairs | None) -> list[Pair]:
     for i, (generated, original, r) in enumerate(
         zip(worst.generated, worst.originals, worst.ratio.tolist(), strict=True)
     ):
-        distance = float((generated.double() - original.double()).square().sum())
+        moved = named is not None and audit.replication.worst_variant not in (None, "pixels")
+        gap = (generated.double() - original.double()).square().sum()
+        distance = named[i].distance if named is not None and moved else float(gap)
         facts = [f"ratio {number(r)}"] if math.isfinite(r) else []
         facts.append(f"distance {number(distance)}")
         if named is not None:

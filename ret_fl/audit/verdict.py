@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
-from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_fidelity, same_rate
+from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_data, same_fidelity, same_rate
 from ret_fl.audit.fidelity import ENOUGH_SAMPLES
+from ret_fl.audit.finding import WORTH_SEEING, Finding, could_miss, find_copies
 from ret_fl.audit.members import members_told
 from ret_fl.audit.schema import Audit, CopyRate, Interval
 from ret_fl.audit.words import number, percent, with_interval
@@ -14,21 +13,8 @@ HARDLY_LEARNED = 2.0
 """Samples this many times as far from the training images as real images are: the model has hardly learned."""
 NO_PRECISION = 0.1
 """Precision below this share of that of real images: the model has hardly learned."""
-WORTH_SEEING = 0.05
-"""Copying of this share of samples must not go unseen where none is said to show."""
 LESS_TRAINED = 1.1
 """Quality worse than the baseline's by this factor may explain fewer copies."""
-
-
-class Finding(Enum):
-    """What the copy rate says: value is the word shown beside the verdict."""
-
-    COPIES = "copies"
-    MAYBE = "unclear"
-    NONE = "no copies shown"
-    TELLS = "no copies shown, but it tells members apart"
-    UNKNOWN = "no verdict"
-    UNLEARNED = "no verdict: it has hardly learned to draw"
 
 
 def verdict(audit: Audit, baseline: Audit | None = None) -> str:
@@ -44,7 +30,7 @@ def verdict(audit: Audit, baseline: Audit | None = None) -> str:
 
 def judge(audit: Audit, baseline: Audit | None = None) -> tuple[Finding, str]:
     """The finding behind `verdict`, and its sentence."""
-    name, (finding, rate) = audit.model.name, _finding(audit)
+    name, (finding, rate) = audit.model.name, find_copies(audit.replication.copy_rates)
     unlearned, members = _hardly_learned(audit), members_told(audit)
     if unlearned and finding in (Finding.NONE, Finding.UNKNOWN):
         finding = Finding.UNLEARNED
@@ -72,41 +58,6 @@ def judge(audit: Audit, baseline: Audit | None = None) -> tuple[Finding, str]:
     if members:
         parts.append(f"training images can be told from others: {members}")
     return finding, "; ".join([*parts, *_against_baseline(audit, baseline)]) + "."
-
-
-def could_miss(rate: CopyRate) -> float:
-    """Share of samples that may be copies and still not show: what the rate has at most, and the floor leaves room for.
-
-    1 without a floor. A copy hides where a sample would have counted by chance, too, hence the division.
-    """
-    if rate.floor is None:
-        return 1.0
-    above = rate.above_floor.high if rate.above_floor is not None else rate.rate.high
-    room, no_chance = max(above, rate.floor.high - rate.floor.value), 1 - rate.floor.value
-    return min(rate.rate.high, room / no_chance if room < no_chance else 1.0)
-
-
-def _finding(audit: Audit) -> tuple[Finding, CopyRate | None]:
-    """By pixels first; the variants may find copies that pixels do not show."""
-    first = headline(audit)
-    if first is None:
-        return Finding.UNKNOWN, None
-    rates = [first, *(r for r in audit.replication.copy_rates if r.threshold == first.threshold and r is not first)]
-    for finding in (Finding.COPIES, Finding.MAYBE):
-        for rate in rates:
-            if _finding_of(rate) is finding:
-                return finding, rate
-    return _finding_of(first), first
-
-
-def _finding_of(rate: CopyRate) -> Finding:
-    if rate.floor is None:
-        return Finding.UNKNOWN
-    if rate.rate.low > rate.floor.high:
-        return Finding.COPIES
-    if rate.above_floor is not None and rate.above_floor.low > 0:
-        return Finding.MAYBE
-    return Finding.NONE if could_miss(rate) <= WORTH_SEEING else Finding.UNKNOWN
 
 
 def _measured(audit: Audit, rate: CopyRate | None) -> str:
@@ -160,11 +111,13 @@ def _against_baseline(audit: Audit, baseline: Audit | None) -> list[str]:
     rate = headline(audit)
     if baseline is None or rate is None or baseline == audit:
         return []
-    other = same_rate(rate, baseline)
     name = baseline.model.name
+    if not same_data(audit, baseline):
+        return [f"its baseline {name} was audited against other images, so the two are not compared"]
+    other = same_rate(rate, baseline)
     if other is None:
         return [f"its baseline {name} has no copy rate to compare with"]
-    by = "" if rate is _finding(audit)[1] else f" by pixels ({percent(rate.rate.value)})"
+    by = "" if rate is find_copies(audit.replication.copy_rates)[1] else f" by pixels ({percent(rate.rate.value)})"
     change = difference(rate.rate, other.rate)
     if change == NO_DIFFERENCE:
         return [f"there is {NO_DIFFERENCE}{by} to the baseline {name}, {with_interval(other.rate)}"]
