@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
@@ -19,17 +18,17 @@ from ret_fl.audit.folder import load_audit, save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
 from ret_fl.audit.pipelines import is_text_to_image, load_pixels, locate, require_text_to_image
-from ret_fl.audit.ready import Channels, read_bytes, read_images
+from ret_fl.audit.ready import Channels, as_options, read_bytes, read_some
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import require_enough, require_same_shape, run_audit
 from ret_fl.background import background_of
 from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
+from ret_fl.dataspec import builtin_splits, is_builtin, require_named
 from ret_fl.diffusion.sampling import image_shape
 from ret_fl.rundir import RunDir
 
-BUILTIN = tuple(s for s in get_args(DataConfig.model_fields["source"].annotation) if s not in ("image-folder", "hf"))
 SAMPLES = "samples"
 """Folder of drawn images inside an audit's, so that an interrupted audit goes on where it was."""
 HELD_OUT = 0.2
@@ -165,7 +164,8 @@ def _drawn_shape(model: Path, drawing: Drawing) -> tuple[int, int, int] | None:
     """(C, H, W) of the images that `draw` will give; None where only drawing them can tell."""
     kind, folder = locate(model)
     if kind == "images":
-        _, *shape = read_images(model, drawing.image_size, drawing.channels, most=drawing.samples).shape
+        images, _ = read_some(model, drawing.samples, drawing.image_size, drawing.channels)
+        _, *shape = images.shape
         return shape[0], shape[1], shape[2]
     if is_text_to_image(folder):
         require_text_to_image(folder, drawing.prompts)
@@ -255,10 +255,11 @@ def open_data(
         FileNotFoundError: no such .npy file.
     """
     drawing = drawing or Drawing()
+    require_named(data, reference, held_out)
     if is_run(Path(data)):
         opened = data_of(RunDir.existing(data).read_config())
-    elif str(data) in BUILTIN and not Path(data).exists():
-        opened = _from_splits(str(data), load_splits(DataConfig.model_validate({"source": str(data)})))
+    elif is_builtin(data):
+        opened = _from_splits(str(data), builtin_splits(str(data)))
     elif (Path(data) / "model_index.json").is_file():
         raise ConfigError(f"{data} is a model without its training images: name them by --data")
     else:
@@ -298,7 +299,10 @@ def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
             "channels": drawing.channels,
         }
     )
-    found = load_images(config)
+    try:
+        found = load_images(config)
+    except ConfigError as error:
+        raise ConfigError(as_options(error, spec)) from error
     return SampleStore(found.images, found.labels, found.num_classes)
 
 

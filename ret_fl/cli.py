@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ret_fl import cli_audit
-from ret_fl.cli_options import DeviceOption, ThreadsOption, stop, wide_console
+from ret_fl.cli_options import INTERRUPTED, DeviceOption, ThreadsOption, stop, wide_console
 
 if TYPE_CHECKING:
     from ret_fl.config import RunConfig, Scalar
@@ -31,7 +31,6 @@ PresetOption = Annotated[
 ]
 
 
-INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 

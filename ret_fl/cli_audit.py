@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl.cli_options import DeviceOption, ThreadsOption, stop, wide_console
+from ret_fl.cli_options import INTERRUPTED, DeviceOption, ThreadsOption, stop, wide_console
 
 if TYPE_CHECKING:
     from ret_fl.audit.attacks import Stage
@@ -32,9 +32,10 @@ def audit(
     data: Annotated[
         str,
         typer.Option(
-            help="Training images: a run's folder, a folder of images, a .npy or parquet files; where no such path "
-            "exists, digits, mnist, glyphs, patches, faces or a dataset's name. [default: those of the first MODEL "
-            "that is a run]",
+            help="Training images: a run's folder (its own split), a folder of images, a .npy or parquet files; where "
+            "no such path exists, digits, mnist, glyphs, patches or faces (split as a run does by default: a fifth "
+            "held out, half of the rest for reference), or a hub dataset as owner/name. [default: those of the "
+            "first MODEL that is a run]",
             show_default=False,
         ),
     ] = "",
@@ -86,7 +87,7 @@ def audit(
         ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Calibrated distance ratio below which a sample is a copy, above 0.")
+        float, typer.Option(min=0, max=1, help="Calibrated distance ratio below which a sample is a copy.")
     ] = 0.3,
     image_size: Annotated[int, typer.Option(min=0, help="Side that images in files are brought to; 0 keeps.")] = 0,
     channels: Annotated[Colours, typer.Option(help="Colour that images in files are brought to.")] = Colours.auto,
@@ -120,6 +121,7 @@ def audit(
     from ret_fl.audit.tables import comparison_table
     from ret_fl.audit.verdict import verdict
     from ret_fl.auditing import (
+        SAMPLES,
         Drawing,
         audit_folder,
         audit_model,
@@ -128,6 +130,7 @@ def audit(
         own_drawing,
     )
     from ret_fl.comparison import checkpoint_models, compare
+    from ret_fl.dataspec import told_split
     from ret_fl.devices import limit_threads, resolve_device
 
     if baseline is not None and baseline not in models:
@@ -135,6 +138,7 @@ def audit(
     limit_threads(threads)
     source = data or next((str(m) for m in models if is_run(m)), "")
     alone = len(models) == 1 and not early_stop
+    folder = out or Path("audits")
     try:
         if not source:
             raise ValueError(
@@ -149,12 +153,15 @@ def audit(
         options = Options(
             threshold=threshold, members=members, seed=drawing.seed, device=resolve_device(device), memory_mb=memory_mb
         )
+        if alone:
+            folder = out or audit_folder(
+                models[0], drawing, options, source, reference or None, held_out or None,
+                features=features or (), leakage=leakage,
+            )  # fmt: skip
+        if split := told_split(source):
+            typer.echo(split)
         with _progress() as (on_stage, on_drawn):
             if alone:
-                folder = out or audit_folder(
-                    models[0], drawing, options, source, reference or None, held_out or None,
-                    features=features or (), leakage=leakage,
-                )  # fmt: skip
                 audits = [
                     audit_model(
                         models[0], source, reference=reference or None, held_out=held_out or None,
@@ -164,7 +171,6 @@ def audit(
                 ]  # fmt: skip
                 base = None
             else:
-                folder = out or Path("audits")
                 real = open_data(source, reference or None, held_out or None, drawing)
                 curve = checkpoint_models(early_stop or (), folder / "checkpoints")
                 audits, base = compare(
@@ -173,6 +179,10 @@ def audit(
                 )  # fmt: skip
     except (ValueError, OSError) as error:
         raise stop(error) from None
+    except KeyboardInterrupt:
+        kept = any(folder.glob(f"**/{SAMPLES}/*/*.npz"))
+        told = f"the images drawn so far are kept in {folder}, and the same command goes on with them" if kept else ""
+        raise stop(f"\ninterrupted; {told or 'no images were drawn yet'}", INTERRUPTED) from None
     if len(audits) > 1:
         wide_console().print(comparison_table(audits, base))
     for found in audits:

@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended."""
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads. [default: OMP_NUM_THREADS, else 1]", show_default=False)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -217,7 +221,29 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], list[object]], list[str]]] = {
     "no training images": (lambda run, tmp: [run / "final"], ["--data"]),
     "a baseline that is none of the models": (lambda run, tmp: [run, "--baseline", tmp], ["--baseline"]),
     "images of another size": (lambda run, tmp: [run / "final", "--data", "mnist"], ["8x8", "16x16", "--image-size"]),
-    "an empty folder": (lambda run, tmp: [run / "final", "--data", tmp], ["no PNG"]),
+    "an empty folder": (lambda run, tmp: [run / "final", "--data", tmp], ["--data", "no PNG"]),
+    "a typing error": (
+        lambda run, tmp: [run / "final", "--data", "digitz"],
+        ["--data digitz: there is no such file", "digits, mnist", "owner/name"],
+    ),
+    "a built-in source as reference": (lambda run, tmp: [run, "--reference", "digits"], ["--data only"]),
+    "held-out images that are not there": (
+        lambda run, tmp: [run, "--held-out", tmp / "no.npy"],
+        ["--held-out", "no.npy: there is no such file"],
+    ),
+    "a folder that is no model": (
+        lambda run, tmp: [tmp.parent / "bare", "--data", run],
+        ["nothing to audit", "model_index.json", "no PNG"],
+    ),
+    "pictures of another size": (
+        lambda run, tmp: [tmp.parent / "pictures", "--data", tmp / "small.npy"],
+        ["generated images are 1x5x5", "1x6x6", "--image-size"],
+    ),
+    "a threshold that all images pass": (lambda run, tmp: [run, "--threshold", 1], ["threshold must be > 0 and < 1"]),
+    "an array that is no image model": (
+        lambda run, tmp: [run, "--features", tmp / "new.npy"],
+        ["new.npy is not a TorchScript file", "'inception'"],
+    ),
     "a reference that was trained on": (
         lambda run, tmp: [run, "--reference", tmp / "train.npy", "--samples", 4, "--steps", 1],
         ["reference shares 24 images with train"],
@@ -268,7 +294,10 @@ def test_an_audit_that_cannot_be_made_says_why_before_anything_is_drawn(
     np.save(folder / "three.npy", real.train.pixels(distinct_rows(real.train)[[0, 1, 2, 2]]).numpy())
     np.save(folder / "small.npy", np.arange(30 * 36, dtype=np.uint8).reshape(30, 6, 6))
     torch.jit.script(torch.nn.Conv2d(4, 4, 1)).save(folder / "four.pt")
-    if words == ["no PNG"]:
+    for name in ("bare", "pictures"):
+        (tmp_path / name).mkdir()
+    Image.new("L", (5, 5)).save(tmp_path / "pictures" / "one.png")
+    if words == ["--data", "no PNG"]:
         for file in folder.iterdir():
             file.unlink()
     result = ret_fl("audit", *arguments(run_dir, folder), "--out", tmp_path / "out")
@@ -278,3 +307,30 @@ def test_an_audit_that_cannot_be_made_says_why_before_anything_is_drawn(
     for word in words:
         assert word in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_built_in_sources_split_is_told_and_a_part_of_ready_images_spread(digits: AuditData, tmp_path: Path) -> None:
+    """Images sorted by origin: the first 20 are copies, the others are not."""
+    images = torch.cat([digits.train.pixels(np.arange(20)), digits.held_out.pixels(np.arange(60))])  # type: ignore
+    np.save(tmp_path / "made.npy", images.numpy())
+    result = ret_fl("audit", tmp_path / "made.npy", "--data", "digits", "--samples", 40, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "719 training images of 1x8x8, 359 held out, 719 for reference" in result.output
+    assert "--data RUN" in result.output
+    audit, _ = load_audit(tmp_path / "out")
+    assert audit.replication.copy_rates[0].rate.value == pytest.approx(0.25, abs=0.06)
+    assert any("40 of 80 images of made.npy" in w and "--samples 80" in w for w in audit.warnings)
+
+
+def test_an_interrupted_audit_says_how_to_go_on(run_dir: Path, tmp_path: Path) -> None:
+    command = ["audit", run_dir / "final", "--data", run_dir, "--samples", 100_000, "--out", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from ret_fl.cli import app; app()", *map(str, command)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not list((tmp_path / "out").glob("samples/*/*.npz")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "kept in" in told and "the same command goes on" in told and "Traceback" not in told

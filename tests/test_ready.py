@@ -33,19 +33,20 @@ class TestReadyImages:
         images = random_bytes(5, 8, 6, 3)
         folder = save_pictures(tmp_path / "drawn", images, suffix)
         found = generate(folder, samples=4)
-        expected = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in sorted(folder.iterdir())[:4]])
+        spread = [f for i, f in enumerate(sorted(folder.iterdir())) if i != 3]
+        expected = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in spread])
         assert torch.equal(found.images, torch.from_numpy(expected).permute(0, 3, 1, 2) / 255)
-        assert found == Generated(found.images, "images", "drawn", None, None, None)
+        assert found == Generated(found.images, "images", "drawn", None, None, None, left_out=1)
         if suffix == ".png":
-            assert np.array_equal(expected, images[:4])
+            assert np.array_equal(expected, images[[0, 1, 2, 4]])
 
-    def test_the_users_cache_is_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_left_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
         folder = save_pictures(tmp_path / "drawn", random_bytes(2, 8, 8))
         read_images(folder)
         generate(folder, cache=tmp_path / "mine")
         assert not (tmp_path / "users").exists()
-        assert (tmp_path / "mine").is_dir()
+        assert not (tmp_path / "mine").exists()
 
     def test_pictures_take_the_size_and_colour_asked_for(self, tmp_path: Path) -> None:
         folder = save_pictures(tmp_path / "drawn", random_bytes(2, 8, 12))
@@ -64,8 +65,9 @@ class TestReadyImages:
     def test_an_empty_folder(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         for call in (generate, read_images):
-            with pytest.raises(ValueError, match=r"no PNG, JPEG, WebP or BMP images below .*empty"):
+            with pytest.raises(ValueError, match=r"no PNG, JPEG, WebP or BMP images") as error:
                 call(tmp_path / "empty")
+            assert str(error.value).count(str(tmp_path / "empty")) == 1
 
     @given(
         st.integers(1, 4),
@@ -131,7 +133,7 @@ class TestReadyImages:
             (np.full((1, 4, 4), -0.5, np.float32), "1 of 1 images hold NaN"),
             (np.zeros((2, 4, 4), np.int64), "holds int64: save it as uint8"),
             (np.zeros((4, 4), np.uint8), r"must hold images \[N, C, H, W\].*, not \(4, 4\)"),
-            (np.zeros((0, 4, 4), np.uint8), r"must hold images .*, not \(0, 4, 4\)"),
+            (np.zeros((0, 4, 4), np.uint8), r"is empty: it holds an array \(0, 4, 4\)"),
             (np.zeros((2, 4, 8, 8), np.uint8), r"1 or 3 channels, not \(2, 4, 8, 8\)"),
             (np.array([{"a": 1}], dtype=object), "cannot be read as a .npy file"),
         ],
@@ -143,9 +145,11 @@ class TestReadyImages:
                 call(tmp_path / "bad.npy")
 
     def test_a_file_that_is_no_npy(self, tmp_path: Path) -> None:
-        (tmp_path / "images.npy").write_bytes(b"not numpy")
-        with pytest.raises(ValueError, match=r"images\.npy cannot be read as a \.npy file"):
-            generate(tmp_path / "images.npy")
+        for content, told in ((b"not numpy", "is no .npy file"), (b"", "is empty"), (b"\x93NUMPY?", "cannot be read")):
+            (tmp_path / "images.npy").write_bytes(content)
+            with pytest.raises(ValueError, match=rf"images\.npy {told}") as error:
+                generate(tmp_path / "images.npy")
+            assert "pickle" not in str(error.value)
         (tmp_path / "images.zip").write_bytes(b"")
         with pytest.raises(ValueError, match=r"images\.zip is neither a folder nor a \.npy file"):
             generate(tmp_path / "images.zip")

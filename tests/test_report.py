@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from ret_fl.audit.plots import interval_figure
 from ret_fl.audit.report import Pictures, write_report
-from ret_fl.audit.schema import Audit, Interval
+from ret_fl.audit.schema import Audit, Interval, MemorizedQuantity
 from ret_fl.audit.tables import comparison_table
 from ret_fl.audit.verdict import verdict
-from ret_fl.pictures import Pairs
+from ret_fl.pictures import RED, Pairs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = """<script>alert("1")</script> & 'x' $\\frac{1}$"""
@@ -251,6 +253,33 @@ def test_the_report_shows_plane_and_comparison_of_several(tmp_path: Path) -> Non
     assert "copy-quality plane" not in render(tmp_path, make_audit())
 
 
+@pytest.mark.parametrize("high", [0.004, 0.03, 0.2, 0.28, 0.55, 1.0])
+def test_ticks_of_the_copy_rates_stand_apart(high: float) -> None:
+    share = Interval(value=high / 2, low=high / 3, high=high)
+    figure = interval_figure(
+        [("a name as long as names are", share, RED), ("real held-out images (floor)", share, RED)]
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) >= 2 and all(a.x1 + 2 < b.x0 for a, b in pairwise(boxes))
+
+
+def test_captions_say_what_is_there(tmp_path: Path) -> None:
+    """No dashed line without held-out images, no learning by heart where losses overlap."""
+    rng = np.random.default_rng(0)
+    apart = {"memorized": rng.uniform(0.01, 0.02, 50), "others": rng.uniform(0.03, 0.05, 50)}
+    text = render(tmp_path, make_audit(), Pictures(losses=apart))
+    assert "above the dashed line" in text and "by heart" in text and "rewards copying" not in text
+    bare = [MemorizedQuantity(tau=tau, generated=tau, floor=None) for tau in (0.15, 0.5)]
+    trained_on = [make_fidelity(against="train", real_frechet=None)]
+    audit = make_audit(replication=make_replication([], memorized=bare), fidelity=trained_on)
+    text = render(tmp_path, audit, Pictures(losses=apart | {"memorized": rng.uniform(0.01, 0.05, 50)}))
+    assert "dashed line" not in text and "Without held-out images nobody knows" in text
+    assert "by heart" not in text and "The groups overlap" in text
+    assert "Quality rewards copying here" in text and "less is better, and rewards copying" in text
+
+
 @pytest.fixture(scope="module")
 def browser() -> str:
     if CHROMIUM is None:
@@ -275,14 +304,17 @@ def test_the_page_in_chromium(tmp_path: Path, browser: str, pictures: Pictures, 
         f"<body style='margin:0'><iframe src='a/report.html' style='border:0;width:{width}px;height:1400px'></iframe>"
         "<script>onload = () => { const d = document.querySelector('iframe').contentDocument.documentElement;"
         "document.title = [d.scrollWidth, d.clientWidth, d.querySelectorAll('svg').length,"
-        "[...d.querySelectorAll('img')].every(i => i.naturalWidth > 0)].join(' ') }</script>"
+        "[...d.querySelectorAll('img')].every(i => i.naturalWidth > 0),"
+        "[...d.querySelectorAll('.stack tbody th, .stack td')].some(c => c.scrollWidth > c.clientWidth + 1)].join(' ')"
+        "}</script>"
     )
     shot = tmp_path / "shot.png"
     window = f"--window-size={max(width, 500)},1400"
     dom = run_browser(browser, tmp_path / "profile", window, f"--screenshot={shot}", "--dump-dom", frame.as_uri())
-    title = re.search(r"<title>(\d+) (\d+) (\d+) (\w+)</title>", dom)
+    title = re.search(r"<title>(\d+) (\d+) (\d+) (\w+) (\w+)</title>", dom)
     assert title is not None, dom
-    content, room, charts, images_load = title.groups()
+    content, room, charts, images_load, cells_cut = title.groups()
+    assert cells_cut == "false"
     assert int(content) == int(room) == width
     assert int(charts) == 10 and images_load == "true"
     picture = Image.open(shot).convert("RGB")

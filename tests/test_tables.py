@@ -20,7 +20,7 @@ def test_the_table_compares_against_the_baseline() -> None:
     rows = {cells[1]: cells[2:] for line in capture.get().splitlines() if len(cells := re.split(r"\s*│\s*", line)) > 5}
     assert list(rows) == ["base", "few", "close", "bare"]
     assert rows["few"][:4] == ["0.20 % (0.05 to 0.73 %)", "0.64 %", "-25.0 points, fewer", "15.0 %"]
-    assert rows["few"][4:9] == ["50.0 %", "10.7", "75.5 %", "83.5 %", "0.612"]
+    assert rows["few"][4:9] == ["50.0 %", "10.7", "75.5 %", "83.5 %", "0.612 by loss"]
     assert rows["close"][2] == "-3.20 points, no clear difference"
     assert rows["base"][2] == "the baseline"
     assert rows["bare"][0] == "n/a" and rows["bare"][5:9] == ["n/a"] * 4

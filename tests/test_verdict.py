@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from audits import COPIES, FEW, make_audit, make_fidelity, make_rate, make_replication, on_other_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ret_fl.audit.schema import Fingerprints, Interval
-from ret_fl.audit.verdict import verdict
+from ret_fl.audit.members import are_exposed
+from ret_fl.audit.replication import CopyReport, count_copies, excess
+from ret_fl.audit.schema import Exposure, Fingerprints, Interval, Leakage, Membership
+from ret_fl.audit.verdict import Finding, judge, verdict
 
 
 def test_copies_above_the_floor() -> None:
@@ -37,13 +41,51 @@ def test_weak_evidence_is_called_weak() -> None:
 
 def test_without_reference_there_is_no_verdict() -> None:
     text = verdict(make_audit(replication=make_replication([])), make_audit("base"))
-    assert "cannot be told" in text and "reference" in text
+    assert "cannot be told" in text and "add --reference" in text
+
+
+def report(hits: int, total: int) -> CopyReport:
+    """Of `total` images the first `hits` are copies."""
+    copied = torch.arange(total) < hits
+    to_train = (torch.where(copied, 0.1, 1.0), torch.zeros(total, dtype=torch.int64))
+    return count_copies(to_train, (torch.ones(total), to_train[1]), 0.3, None)
+
+
+@pytest.mark.parametrize(
+    ("samples", "hits", "held_out", "chance", "finding"),
+    [
+        (100, 34, 6, 1, Finding.UNKNOWN),  # far above the floor, which is 3 to 56 %
+        (1000, 77, 30, 1, Finding.UNKNOWN),
+        (60, 0, 30, 1, Finding.UNKNOWN),
+        (20, 0, 1397, 9, Finding.UNKNOWN),  # 16 % of samples may be copies
+        (1000, 0, 6, 0, Finding.NONE),  # whatever the floor, below 0.4 % are copies
+        (1000, 6, 359, 4, Finding.NONE),
+        (100, 1, 1397, 9, Finding.NONE),
+        (300, 2, 1397, 9, Finding.NONE),
+        (1000, 990, 1000, 990, Finding.UNKNOWN),  # every real image counts as a copy
+        (100, 34, 30, 1, Finding.COPIES),
+    ],
+)
+def test_no_copies_are_said_only_where_some_would_have_been_seen(
+    samples: int, hits: int, held_out: int, chance: int, finding: Finding
+) -> None:
+    drawn, real = report(hits, samples), report(chance, held_out)
+    rate, floor, above = (
+        Interval(value=value, low=low, high=high)
+        for value, low, high in ((drawn.rate, drawn.low, drawn.high), (real.rate, real.low, real.high),
+                                 excess(drawn, real))
+    )  # fmt: skip
+    own = make_rate(rate, floor=floor, above_floor=above)
+    audit = make_audit(samples=samples, replication=make_replication([own]), leakage=None)
+    found, text = judge(audit)
+    assert found is finding
+    assert ("could go unseen" in text) is (finding is Finding.UNKNOWN)
 
 
 def test_without_held_out_images_the_floor_is_missing() -> None:
     rate = make_rate(COPIES, floor=None, above_floor=None)
     text = verdict(make_audit(replication=make_replication([rate])), None)
-    assert "without held-out images" in text and "copy training images" not in text
+    assert text.startswith("Whether") and "without held-out images" in text
 
 
 @pytest.mark.parametrize(("samples", "said"), [(999, True), (1000, False)])
@@ -57,6 +99,55 @@ def test_a_model_that_hardly_learned_is_said(distance: float, said: bool) -> Non
     text = verdict(make_audit(replication=replication), None)
     assert ("hardly learned" in text) is said
     assert ("a low copy rate says little" in text) is said
+    assert text.startswith("central has hardly learned to draw: samples lie 2.0 times") is said
+
+
+@pytest.mark.parametrize(
+    ("precision", "real", "said"), [(0.08, 0.91, True), (0.1, 0.91, False), (0.09, None, True), (0.0, 0.9, True)]
+)
+def test_without_precision_a_model_has_hardly_learned(precision: float, real: float | None, said: bool) -> None:
+    fidelity = [make_fidelity(precision=precision, real_precision=real)]
+    finding, text = judge(make_audit(rate=FEW, fidelity=fidelity))
+    assert (finding is Finding.UNLEARNED) is said
+    assert ("hardly learned to draw: precision is" in text) is said
+    finding, text = judge(make_audit(fidelity=fidelity))
+    assert finding is Finding.COPIES and ("so the model has hardly learned" in text) is said
+
+
+def membership(attack: str, value: float, low: float) -> Membership:
+    auc = Interval(value=value, low=low, high=2 * value - low)
+    return Membership(attack=attack, members=200, non_members=200, auc=auc, tpr_at_1_percent=FEW,
+                      tpr_at_01_percent=FEW)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attacks", "exposures", "said"),
+    [
+        ([("loss", 0.55, 0.49), ("pia", 0.88, 0.86)], [1.0, 1.5], "AUC 0.880 (0.860 to 0.900) by PIA"),
+        ([("loss", 0.7, 0.65), ("pia", 0.6, 0.55)], [], "AUC 0.700 (0.650 to 0.750) by loss"),
+        ([("loss", 0.54, 0.49), ("pia", 0.45, 0.4)], [0.4, 5.2, 2.1, 1.2, 3.1], None),
+        ([], [10.2, 6.6, 4.3, 4.8, 6.8], "canaries exposed by 6.54 bits"),
+    ],
+)
+def test_members_told_apart_are_said_and_not_green(
+    attacks: list[tuple[str, float, float]], exposures: list[float], said: str | None
+) -> None:
+    exposure = Exposure(exposures=exposures, mean=float(np.mean(exposures)), most=10.2) if exposures else None
+    leakage = Leakage(membership=[membership(*a) for a in attacks], exposure=exposure, duplicates=None)
+    finding, text = judge(make_audit(rate=FEW, leakage=leakage))
+    assert finding is (Finding.TELLS if said else Finding.NONE)
+    assert ("tells members apart" in text) is bool(said)
+    assert said is None or said in text
+    finding, text = judge(make_audit(leakage=leakage))
+    assert finding is Finding.COPIES and ("told from others" in text) is bool(said)
+
+
+@pytest.mark.parametrize("count", [1, 5, 100])
+def test_canaries_never_trained_on_are_rarely_called_exposed(count: int) -> None:
+    ranks = np.random.default_rng(0).uniform(size=(4000, count))
+    means = -np.log2(ranks)
+    called = [are_exposed(Exposure(exposures=list(row), mean=row.mean(), most=99)) for row in means]
+    assert np.mean(called) == pytest.approx(0.025, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def quantity_chart(audit: Audit, baseline: Audit | None) -> Chart | None:
     if not memorized:
         return None
     alt = "; ".join(f"tau {m.tau:g}: {percent(m.generated)}, floor {percent(m.floor)}" for m in memorized)
-    note = "Only what rises above the dashed line is more than real images that were never trained on would score."
+    dashed = "Only what rises above the dashed line is more than real images that were never trained on would score."
+    missing = "Without held-out images nobody knows how much of it real images that were never trained on would score."
+    note = missing if all(m.floor is None for m in memorized) else dashed
     with_points = baseline if baseline is not None and baseline != audit and baseline.replication.memorized else None
     return _chart(plots.quantity_figure(audit, with_points), "mq", "Memorized quantity by threshold", alt, note)
 
@@ -61,8 +63,18 @@ def loss_chart(losses: Mapping[str, np.ndarray]) -> Chart | None:
     if not known:
         return None
     alt = "; ".join(f"{g.group}: {sum(g.counts):,} samples, median loss {number(g.median)}" for g in known)
-    note = "Bars of each group add up to 100 %. Memorized samples lose little because the model knows them by heart."
+    note = f"Bars of each group add up to 100 %.{_told_apart(losses)}"
     return _chart(plots.loss_figure(known), "losses", "Losses of training samples", alt, note)
+
+
+def _told_apart(losses: Mapping[str, np.ndarray]) -> str:
+    """Whether nearly all memorized samples lose less than nearly all others."""
+    groups = {name: values[np.isfinite(values)] for name, values in losses.items() if np.isfinite(values).any()}
+    if not {"memorized", "others"} <= set(groups):
+        return ""
+    if np.quantile(groups["memorized"], 0.9) < np.quantile(groups["others"], 0.1):
+        return " Memorized samples lose little because the model knows them by heart."
+    return " The groups overlap: these losses do not tell the samples that training took for memorized from others."
 
 
 def skip_chart(skip_by_timestep: tuple[np.ndarray, np.ndarray] | None) -> Chart | None:

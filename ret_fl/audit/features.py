@@ -148,7 +148,8 @@ def _open_script(path: Path, device: torch.device) -> Callable[..., Any]:
             return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
         raise ValueError(
-            f"{path} is not a TorchScript file (weights alone do not suffice): {str(error).splitlines()[0]}"
+            f"{path} is not a TorchScript file (weights alone do not suffice): name one, a transformers folder, or "
+            "'inception'"
         ) from error
 
 

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
 from ret_fl.audit.pipelines import Kind, is_text_to_image, load_pixels, locate, pixel_sampler, text_sampler
-from ret_fl.audit.ready import Channels, fitted, read_images
+from ret_fl.audit.ready import Channels, fitted, read_some
 from ret_fl.audit.shelf import draw_missing, open_shelf
 
 Denoiser = tuple[UNet2DModel, DDPMScheduler, int]
@@ -34,6 +34,7 @@ class Generated:
     kind: a ret-fl run, a diffusers pipeline, or images that were ready.
     name: the folder's or file's name.
     seed, steps, parameters: of the model; None for ready images.
+    left_out: ready images beyond those asked for.
     prompts, guidance: of text-to-image. image_size (0: their own), channels: what the images were brought to.
     """
 
@@ -43,6 +44,7 @@ class Generated:
     seed: int | None
     steps: int | None
     parameters: int | None
+    left_out: int = 0
     prompts: tuple[str, ...] = ()
     guidance: float | None = None
     image_size: int = 0
@@ -70,7 +72,7 @@ def generate(
     text-to-image pipelines with their own scheduler. Images kept by a run are not used: they are drawn anew.
 
     Args:
-        samples: how many images; of ready images the first so many, or all if there are fewer.
+        samples: how many images; of ready images so many, evenly spread, or all if there are fewer.
         seed: image i of a seed starts from the same noise for every model, batch size and device.
         steps: denoising steps.
         prompts: for text-to-image; image i gets prompt i modulo their number.
@@ -94,8 +96,18 @@ def generate(
     kind, folder = locate(model)
     name = model.resolve().name
     if kind == "images":
-        images = read_images(model, image_size, channels, most=samples, cache=cache)
-        return Generated(images, kind, name, None, None, None, image_size=image_size, channels=channels)
+        images, count = read_some(model, samples, image_size, channels)
+        return Generated(
+            images,
+            kind,
+            name,
+            None,
+            None,
+            None,
+            left_out=count - len(images),
+            image_size=image_size,
+            channels=channels,
+        )
     key: dict[str, Any] = {"version": DRAWING_VERSION, "seed": seed, "steps": steps}
     by_text = is_text_to_image(folder)
     if by_text:

@@ -50,7 +50,7 @@ class Options:
     memory_mb: int = MEMORY_MB
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for a threshold that nothing lies below."""
+        """Raises as `require_threshold`."""
         require_threshold(self.threshold)
 
 

@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ret_fl.data.folder import IMAGE_SUFFIXES
 from ret_fl.diffusion.sampling import draw_images, load_pipeline, noise_shape, start_noise
 
 Kind = Literal["run", "pipeline", "images"]
@@ -43,6 +44,11 @@ def locate(model: Path) -> tuple[Kind, Path]:
             )
     if (model / "unet").is_dir():
         raise FileNotFoundError(f"{model} is not a whole diffusers pipeline: it has no model_index.json")
+    if model.is_dir() and not any(file.suffix.lower() in IMAGE_SUFFIXES for file in model.rglob("*")):
+        raise ValueError(
+            f"{model} is nothing to audit: it holds no model_index.json of a diffusers pipeline, and no PNG, JPEG, "
+            "WebP or BMP images"
+        )
     return "images", model
 
 

@@ -29,6 +29,8 @@ COLOURS = {
 GROUP_COLOURS = {"memorized": RED, "high-loss": BLUE, "others": MUTED}
 PANEL = (4.2, 2.9)
 LABEL_LENGTH = 28
+ZERO_MARGIN = 0.03
+"""Room left of 0 on an axis of shares, as a part of the axis: a point at 0 is whole."""
 
 _STYLE: dict[Any, Any] = {
     "font.size": 9.5,
@@ -98,7 +100,7 @@ def interval_figure(rows: Sequence[tuple[str, Interval, str]]) -> Figure:
             axes.errorbar(share.value, i, xerr=error_bars(share), fmt="o", color=colour, ms=6, lw=2, capsize=3)
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="share of copies (square-root axis)")
-        share_axis(axes, 1.15 * max(share.high for _, share, _ in rows))
+        share_axis(axes, 1.15 * max(share.high for _, share, _ in rows), apart=0.25)  # long labels leave little room
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
     return figure
@@ -116,8 +118,15 @@ def quantity_figure(audit: Audit, baseline: Audit | None) -> Figure:
             axes.plot(*zip(*floor, strict=True), "--", color=MUTED, lw=1.6, label="real held-out images (floor)")
         axes.set(xlabel="threshold tau", ylabel="share below tau", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend()
+        _legend_above(figure, axes)
     return figure
+
+
+def _legend_above(figure: Figure, axes: Axes) -> None:
+    """A legend that hides nothing: a line an entry, for which the figure grows."""
+    entries = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.2 * len(entries[0]))
+    figure.legend(*entries, loc="outside upper left")
 
 
 def _quantities(axes: Axes, audit: Audit, label: str, colour: str, line: str) -> None:
@@ -141,7 +150,7 @@ def loss_figure(histograms: Sequence[LossHistogram]) -> Figure:
             axes.set_xscale("log")
             _plain_log_ticks(axes, "x")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend()
+        _legend_above(figure, axes)
     return figure
 
 
@@ -192,14 +201,19 @@ def _curves(rows: Sequence[dict[str, Any]], plot: Callable[[Axes, Sequence[dict[
     return figure
 
 
-def share_axis(axes: Axes, right: float) -> None:
-    """Shares on x, by their square root: copy rates of a few percent stand apart, and 0 has its place."""
+def share_axis(axes: Axes, right: float, apart: float = 0.15) -> None:
+    """Shares on x, by their square root: copy rates of a few percent stand apart, and 0 has its place and a margin.
+
+    apart: the least room from tick to tick, as a share of the axis.
+    """
     right = max(0.01, right)
-    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    axes.set_xlim(0, right)
+    axes.set_xscale(
+        "function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
+    )
+    axes.set_xlim(-(ZERO_MARGIN**2) * right, right)
     ticks = [0.0]
     for tick in (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1):
-        if tick <= right and math.sqrt(tick) - math.sqrt(ticks[-1]) > 0.15 * math.sqrt(right):
+        if tick <= right and math.sqrt(tick) - math.sqrt(ticks[-1]) > apart * math.sqrt(right):
             ticks.append(tick)
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(_percent_tick))

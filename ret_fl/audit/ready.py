@@ -13,10 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ret_fl.audit.inputs import evenly_spread
 from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.folder import load_folder
 
 Channels = Literal["auto", "grey", "rgb"]
+NPY_MAGIC = b"\x93NUMPY"
 CHUNK_VALUES = 2**22
 """Pixel values converted at a time."""
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in ret_fl.data.images
@@ -26,17 +28,10 @@ def read_images(
     path: Path,
     image_size: int = 0,
     channels: Channels = "auto",
-    *,
-    most: int | None = None,
-    cache: Path | None = None,
 ) -> Tensor:
     """Images of a folder (PNG, JPEG, WebP, BMP; below it too, in the order of their paths) or of a .npy file.
 
     A .npy holds uint8, or float in [0, 1]: [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, or grey [N, H, W].
-
-    Args:
-        most: read the first so many only.
-        cache: folder that keeps the decoded pictures; None keeps nothing.
 
     Returns:
         float32 [N, C, H, W] in [0, 1].
@@ -46,14 +41,21 @@ def read_images(
         ValueError: no images, sizes that differ while image_size is 0, a file that cannot be read, another shape or
             dtype, NaN, or values outside [0, 1]; the message names the file.
     """
-    with _stored_images(path, image_size, channels, cache) as stored:
-        _require_unit(stored[:most], path)
-        return fitted(_unit(stored[:most]), image_size, channels)
+    return read_some(path, None, image_size, channels)[0]
+
+
+def read_some(path: Path, most: int | None, image_size: int = 0, channels: Channels = "auto") -> tuple[Tensor, int]:
+    """At most `most` of the images, evenly spread, and how many there are; as `read_images` in all else."""
+    with _stored_images(path, image_size, channels) as stored:
+        count = len(stored)
+        chosen = stored if most is None else stored[evenly_spread(count, most).numpy()]
+        _require_unit(chosen, path)
+        return fitted(_unit(chosen), image_size, channels), count
 
 
 def read_bytes(path: Path, image_size: int = 0, channels: Channels = "auto") -> Tensor:
     """All images as uint8 [N, C, H, W], floats rounded; the rest as `read_images`. Few at a time are held as floats."""
-    with _stored_images(path, image_size, channels, None) as stored:
+    with _stored_images(path, image_size, channels) as stored:
         _require_unit(stored, path)
         images, done = torch.empty(0, dtype=torch.uint8), 0
         for chunk in _chunks(stored):
@@ -87,11 +89,11 @@ def _recoloured(images: Tensor, channels: Channels) -> Tensor:
 
 
 @contextmanager
-def _stored_images(path: Path, image_size: int, channels: Channels, cache: Path | None) -> Iterator[np.ndarray]:
+def _stored_images(path: Path, image_size: int, channels: Channels) -> Iterator[np.ndarray]:
     """The images as they are stored, [N, C, H, W] or grey [N, H, W], memory-mapped."""
     if path.is_dir():
         with TemporaryDirectory() as scratch:
-            yield _decoded(path, image_size, channels, cache / "decoded" if cache else Path(scratch))
+            yield _decoded(path, image_size, channels, Path(scratch))
     elif not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a folder of images or a .npy file")
     else:
@@ -110,18 +112,30 @@ def _decoded(folder: Path, image_size: int, channels: Channels, cache: Path) -> 
     try:
         return load_folder(config).images
     except ConfigError as error:
-        told, _, _ = str(error).removeprefix("data.path: ").partition("; data.on-corrupt")
-        raise ValueError(f"{folder}: {told.replace('data.image-size', '--image-size')}") from error
+        raise ValueError(as_options(error, folder)) from error
+
+
+def as_options(error: ConfigError, path: str | Path) -> str:
+    """What is wrong with the images at `path`, without the settings that an audit does not have."""
+    told, _, _ = str(error).removeprefix("data.path: ").partition("; data.on-corrupt")
+    told = told.replace("data.image-size", "--image-size")
+    return told if str(path) in told else f"{path}: {told}"
 
 
 def _array(path: Path) -> np.ndarray:
     if path.suffix.lower() != ".npy":
         raise ValueError(f"{path} is neither a folder nor a .npy file")
+    with path.open("rb") as file:
+        start = file.read(len(NPY_MAGIC))
+    if start != NPY_MAGIC:
+        raise ValueError(f"{path} {'is no .npy file' if start else 'is empty'}: write images there by numpy.save")
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a .npy file: {error}") from error
-    if stored.ndim not in (3, 4) or stored.size == 0:
+    if stored.size == 0:
+        raise ValueError(f"{path} is empty: it holds an array {stored.shape}")
+    if stored.ndim not in (3, 4):
         raise ValueError(f"{path} must hold images [N, C, H, W], [N, H, W, C] or [N, H, W], not {stored.shape}")
     if stored.dtype != np.uint8 and stored.dtype.kind != "f":
         raise ValueError(f"{path} holds {stored.dtype}: save it as uint8, or as float in [0, 1]")

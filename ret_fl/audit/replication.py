@@ -167,11 +167,11 @@ def copy_report(
 
     Args:
         generated, train, reference, variant, device, memory_mb: as in `calibrated_ratio`.
-        threshold: calibrated ratio below which an image is a copy, > 0.
+        threshold: calibrated ratio below which an image is a copy, > 0 and < 1.
         canaries: int64 [n, repeats], the rows of `train` that hold each canary.
 
     Raises:
-        ValueError: threshold <= 0, canary rows outside `train`, or as in `calibrated_ratio`.
+        ValueError: threshold not in (0, 1), canary rows outside `train`, or as in `calibrated_ratio`.
     """
     require_threshold(threshold)
     rows = None if canaries is None else checked_canaries(canaries, len(train))
@@ -251,9 +251,9 @@ def excess(
 
 
 def require_threshold(threshold: float) -> None:
-    """Raises `ValueError` unless it is above 0."""
-    if not threshold > 0:
-        raise ValueError(f"threshold must be > 0 (0.3 by default), got {threshold}")
+    """Raises `ValueError` unless it is above 0, and below 1: from there on a copy may lie nearer to the reference."""
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be > 0 and < 1 (0.3 by default), got {threshold}")
 
 
 def checked_canaries(canaries: Images, count: int) -> Tensor:

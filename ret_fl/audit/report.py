@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ret_fl.audit import charts, tiles
 from ret_fl.audit.counterparts import comparable, headline, same_data, same_fidelity, same_membership, same_rate
+from ret_fl.audit.members import ATTACKS, CHANCE_BITS, strongest_attack
 from ret_fl.audit.methods import METHODS, Method
 from ret_fl.audit.schema import Audit
 from ret_fl.audit.stylesheet import STYLE
-from ret_fl.audit.tables import ATTACKS, COMPARED, Row, comparison_rows, key_numbers
+from ret_fl.audit.tables import COMPARED, Row, comparison_rows, key_numbers
 from ret_fl.audit.template import PAGE
 from ret_fl.audit.verdict import judge
 from ret_fl.audit.words import NONE, number, percent, plain_interval, two_digits, with_interval
@@ -118,7 +119,7 @@ class Card:
 
 
 def _cards(audit: Audit, baseline: Audit | None) -> list[Card]:
-    """The four numbers to see first."""
+    """The numbers to see first."""
     cards = []
     if (rate := headline(audit)) is not None:
         low, high = (two_digits(100 * v) for v in (rate.rate.low, rate.rate.high))
@@ -127,17 +128,25 @@ def _cards(audit: Audit, baseline: Audit | None) -> list[Card]:
         cards.append(Card("Copy rate", percent(rate.rate.value), f"{low} to {high} %", floor + beside))
     for own in audit.fidelity[:1]:
         same = same_fidelity(own, baseline)
+        copying = ", and rewards copying" if own.against == "train" else ""
         real = [("training images", number(own.real_frechet))] if own.real_frechet is not None else []
         beside = _beside(same, lambda other: number(other.frechet))
-        cards.append(Card("Fréchet distance", number(own.frechet), "less is better", real + beside))
+        cards.append(Card("Fréchet distance", number(own.frechet), f"less is better{copying}", real + beside))
         perfect = _both(own.real_precision, own.real_recall)
         real = [("training images", perfect)] if perfect != NONE else []
         beside = _beside(same, lambda other: _both(other.precision, other.recall))
-        cards.append(Card("Precision / recall", _both(own.precision, own.recall), "more is better", real + beside))
-    for attack in audit.leakage.membership[:1] if audit.leakage else []:
+        cards.append(
+            Card("Precision / recall", _both(own.precision, own.recall), f"more is better{copying}", real + beside)
+        )
+    if (attack := strongest_attack(audit)) is not None:
         beside = _beside(same_membership(attack, baseline), lambda other: plain_interval(other.auc))
         label, interval = f"Membership AUC {ATTACKS[attack.attack]}", f"{attack.auc.low:.3f} to {attack.auc.high:.3f}"
         cards.append(Card(label, f"{attack.auc.value:.3f}", interval, [("guessing", "0.500"), *beside]))
+    if audit.leakage and (exposure := audit.leakage.exposure) is not None:
+        twin = baseline.leakage.exposure if baseline and baseline.leakage else None
+        most = f"of {number(exposure.most)} bits at most"
+        chance, beside = ("never trained on", f"{CHANCE_BITS:.2f}"), _beside(twin, lambda other: number(other.mean))
+        cards.append(Card("Canary exposure", number(exposure.mean), most, [chance, *beside]))
     return cards
 
 

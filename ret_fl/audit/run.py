@@ -85,6 +85,13 @@ def run_audit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         known = background()
+        if generated.left_out:
+            taken, count = len(generated.images), len(generated.images) + generated.left_out
+            warnings.warn(
+                f"{taken:,} of {count:,} images of {generated.name} were audited, evenly spread: "
+                f"--samples {count} takes all",
+                stacklevel=1,
+            )
         train, held_out = data.train.pixels(), _pixels(data.held_out)
         on_stage("copies")
         copies, _ = replication(
@@ -107,6 +114,11 @@ def run_audit(
             if len(generated.images) < FEWEST:
                 warnings.warn(f"no quality measured: it needs {FEWEST} samples", stacklevel=1)
                 break
+            if held_out is None:
+                warnings.warn(
+                    "quality is measured against the training images, as none are held out: it rewards copying",
+                    stacklevel=1,
+                )
             qualities.append(
                 fidelity(model, generated.images, held_out, train, seed=options.seed, memory_mb=options.memory_mb)
             )

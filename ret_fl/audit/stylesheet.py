@@ -26,6 +26,7 @@ h3 { font-size: 1.0625rem; margin: 1.75rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 44rem; overflow-wrap: anywhere; }
 .note, figcaption + .note { color: var(--muted); font-size: .9rem; }
 a { color: var(--blue); }
+.caution { border-left: .25rem solid var(--amber); padding-left: .75rem; }
 
 .verdict {
   border-left: .375rem solid var(--tone);
@@ -35,8 +36,8 @@ a { color: var(--blue); }
 }
 .verdict b { display: block; color: var(--tone); font-size: .9375rem; margin-bottom: .25rem; }
 .verdict p { font-size: 1.25rem; line-height: 1.5; margin: 0; max-width: none; }
-.copies { --tone: var(--red); } .maybe { --tone: var(--amber); }
-.none { --tone: var(--green); } .unknown { --tone: var(--muted); }
+.copies { --tone: var(--red); } .maybe, .tells { --tone: var(--amber); }
+.none { --tone: var(--green); } .unknown, .unlearned { --tone: var(--muted); }
 
 .cards {
   display: grid;
@@ -124,20 +125,23 @@ img { image-rendering: pixelated; display: block; }
   }
   .stack tr { border-bottom: 1px solid var(--line); padding: .55rem 0; }
   .stack tbody th { font-weight: 600; }
-  .stack td { display: flex; justify-content: space-between; gap: 1rem; }
-  .stack td::before { content: attr(data-label); color: var(--muted); }
+  .stack td { display: flex; justify-content: space-between; gap: 1rem; white-space: normal; text-align: right; }
+  .stack td::before { content: attr(data-label); color: var(--muted); text-align: left; }
   .stack td.empty { display: none; }
 }
 @media print {
   @page { margin: 14mm; }
   body { font-size: 10.5pt; }
   main, footer { max-width: none; padding: 0; }
-  h2, h3, figcaption { break-after: avoid; }
-  figure, .card, .tiles > div, .verdict, tr, .facts div, .methods > div { break-inside: avoid; }
+  footer { padding-top: 4mm; break-before: avoid; }
+  h2, h3, figcaption, section > p:has(+ div, + img), thead { break-after: avoid; }
+  figure, .card, .tiles > div, .verdict, tr, .facts, .methods > div, li, .caution { break-inside: avoid; }
+  p { orphans: 3; widows: 3; }
   .verdict p { font-size: 12.5pt; }
-  .cards { grid-template-columns: repeat(4, 1fr); gap: 2mm; }
+  .cards { grid-template-columns: repeat(auto-fit, minmax(33mm, 1fr)); gap: 2mm; }
   .card { padding: 2mm 2.5mm; }
-  .card .value { font-size: 14pt; }
+  .card .value { font-size: 12.5pt; }
+  .whole { white-space: normal; }
   .card p, .card h3 { font-size: 8.5pt; }
   .stack { font-size: 8.5pt; }
   .stack th, .stack td { padding: .25rem .35rem; }
@@ -146,9 +150,12 @@ img { image-rendering: pixelated; display: block; }
   .tiles { grid-template-columns: repeat(4, 1fr); }
   .tiles.small { grid-template-columns: repeat(8, 1fr); }
   .sheet { max-width: 11cm; }
+  .facts, .methods { grid-template-columns: 1fr 1fr; }
+  .facts div, .methods p { font-size: 9pt; }
   .scroll { overflow: visible; }
-  .scroll table { font-size: 7.5pt; }
-  .scroll th, .scroll td { padding: .3rem .35rem; white-space: normal; }
+  .scroll tbody th { min-width: 3.5rem; }
+  .scroll .wide { font-size: 7.5pt; }
+  .scroll .wide td { white-space: normal; min-width: 12mm; }
   .verdict, img { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

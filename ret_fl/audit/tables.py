@@ -20,13 +20,13 @@ from ret_fl.audit.counterparts import (
     same_rate,
 )
 from ret_fl.audit.finding import find_copies
+from ret_fl.audit.members import ATTACKS, strongest_attack
 from ret_fl.audit.plane import plane_features
 from ret_fl.audit.schema import Audit, Fidelity
 from ret_fl.audit.words import NONE, bits, number, percent, plain_interval, points, two_digits, with_interval
 
 HEADLINE_TAUS = (0.15, 0.5)
 VARIANTS = {"pixels": "by pixels", "shift": "moved by a pixel", "flip": "mirrored"}
-ATTACKS = {"loss": "by loss", "pia": "by PIA"}
 QUALITIES: tuple[tuple[str, Callable[[float | None], str], str], ...] = (
     ("Fréchet distance", number, "frechet"),
     ("KID", number, "kid"),
@@ -148,8 +148,6 @@ def comparison_rows(audits: Sequence[Audit], baseline: Audit | None) -> list[tup
 def _compared(audit: Audit, baseline: Audit | None, features: Fidelity | None) -> tuple[str, ...]:
     rate, fidelity = headline(audit), None if features is None else same_fidelity(features, audit)
     quantities = [find(audit.replication.memorized, tau=tau) for tau in HEADLINE_TAUS]
-    membership = audit.leakage.membership if audit.leakage else []
-    attack = find(membership, attack="loss") or next(iter(membership), None)
     return (
         _show(rate, lambda r: with_interval(r.rate)),
         _show(rate, lambda r: percent(r.floor.value if r.floor else None)),
@@ -158,7 +156,7 @@ def _compared(audit: Audit, baseline: Audit | None, features: Fidelity | None) -
         _show(fidelity, lambda f: number(f.frechet)),
         _show(fidelity, lambda f: percent(f.precision)),
         _show(fidelity, lambda f: percent(f.recall)),
-        _show(attack, lambda a: f"{a.auc.value:.3f}"),
+        _show(strongest_attack(audit), lambda a: f"{a.auc.value:.3f} {ATTACKS[a.attack]}"),
     )
 
 

@@ -11,20 +11,21 @@ PAGE = """\
 {% if c.note %}<p class="note">{{ c.note }}</p>{% endif %}
 </figure>
 {% endmacro %}
+{% macro empty(cell) %}{% if cell == "n/a" %} class="empty"{% endif %}{% endmacro %}
 {% macro scrolling(label, header, rows, note="") %}
 <div class="scroll" role="region" aria-label="{{ label }}" tabindex="0">
-<table>
+<table class="stack{{ " wide" if header | length > 7 }}">
 <thead><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}
+<td data-label="{{ header[loop.index] }}"{{ empty(cell) }}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table>
 </div>
 {% if note %}<p class="note">{{ note }}</p>{% endif %}
 {% endmacro %}
-{% macro empty(cell) %}{% if cell == "n/a" %} class="empty"{% endif %}{% endmacro %}
 {% macro facts(values) %}
 <dl class="facts">
 {% for name, value in values %}
@@ -81,6 +82,10 @@ PAGE = """\
 </table>
 <p class="note">In brackets: 95 % intervals. Real images are held-out ones for copies, and training images put in the
 samples' place for quality: what a model that copies everything would score.</p>
+{% if audit.fidelity | selectattr("against", "equalto", "train") | list %}
+<p class="caution"><strong>Quality rewards copying here.</strong> No images are held out, so samples are measured
+against the training images themselves: a model that copies them all scores best. Hold out some (--held-out).</p>
+{% endif %}
 {% if rates or quantity %}
 <div class="charts">
 {% if rates %}{{ chart(rates) }}{% endif %}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from ret_fl.audit.counterparts import NO_DIFFERENCE, difference, headline, same_data, same_fidelity, same_rate
 from ret_fl.audit.fidelity import ENOUGH_SAMPLES
-from ret_fl.audit.finding import Finding, find_copies
+from ret_fl.audit.finding import WORTH_SEEING, Finding, could_miss, find_copies
+from ret_fl.audit.members import members_told
 from ret_fl.audit.schema import Audit, CopyRate, Interval
 from ret_fl.audit.words import number, percent, with_interval
 
 HARDLY_LEARNED = 2.0
 """Samples this many times as far from the training images as real images are: the model has hardly learned."""
+NO_PRECISION = 0.1
+"""Precision below this share of that of real images: the model has hardly learned."""
 LESS_TRAINED = 1.1
 """Quality worse than the baseline's by this factor may explain fewer copies."""
 
@@ -17,39 +20,66 @@ LESS_TRAINED = 1.1
 def verdict(audit: Audit, baseline: Audit | None = None) -> str:
     """Whether the model copies, in one sentence with its uncertainty.
 
-    Copies are claimed where the 95 % interval of the copy rate lies above that of real held-out images. The sentence
-    says so where that cannot be told: no reference or held-out set, fewer than 1000 samples, samples more than twice
-    as far from the training images as real images are. Against a baseline, rates differ if their intervals do not
-    overlap; both cover the drawing of samples, not the training seed.
+    Copies are claimed where the 95 % interval of the copy rate lies above that of real held-out images. That none show
+    is said only where copying of 5 % of samples would have been seen (`could_miss`), by a model that has learned to
+    draw. Against a baseline, rates differ if their intervals do not overlap; both cover the drawing of samples, not
+    the training seed.
     """
     return judge(audit, baseline)[1]
 
 
 def judge(audit: Audit, baseline: Audit | None = None) -> tuple[Finding, str]:
     """The finding behind `verdict`, and its sentence."""
-    name, count = audit.model.name, f"{audit.model.samples:,}"
-    finding, rate = find_copies(audit.replication.copy_rates)
+    name, (finding, rate) = audit.model.name, find_copies(audit.replication.copy_rates)
+    unlearned, members = _hardly_learned(audit), members_told(audit)
+    if unlearned and finding in (Finding.NONE, Finding.UNKNOWN):
+        finding = Finding.UNLEARNED
+    elif members and finding is Finding.NONE:
+        finding = Finding.TELLS
+    measured, none_shown = _measured(audit, rate), f"No copying beyond chance shows in {name}"
+    main = {
+        Finding.COPIES: f"Samples of {name} copy training images: {measured}",
+        Finding.MAYBE: f"Samples of {name} may copy training images, but the evidence is weak: {measured}, and the "
+        "intervals overlap",
+        Finding.NONE: f"{none_shown}: {measured}",
+        Finding.TELLS: f"{none_shown}, but it tells members apart: {measured}",
+        Finding.UNKNOWN: f"Whether samples of {name} copy training images cannot be told: {measured}"
+        f"{_unseen(audit, rate)}",
+        Finding.UNLEARNED: f"{name} has hardly learned to draw: {unlearned}, so a low copy rate says little; "
+        f"{measured}",
+    }[finding]
+    parts = [main]
+    if audit.model.samples < ENOUGH_SAMPLES:
+        parts.append(
+            f"{audit.model.samples:,} samples are few, so take at least {ENOUGH_SAMPLES:,} before relying on it"
+        )
+    if unlearned and finding is not Finding.UNLEARNED:
+        parts.append(f"{unlearned}, so the model has hardly learned")
+    if members:
+        parts.append(f"training images can be told from others: {members}")
+    return finding, "; ".join([*parts, *_against_baseline(audit, baseline)]) + "."
+
+
+def _measured(audit: Audit, rate: CopyRate | None) -> str:
+    count = f"{audit.model.samples:,}"
     if rate is None:
-        main = (
-            f"Whether samples of {name} copy training images cannot be told: without reference images, real ones that "
-            f"were never trained on, no copy rate was measured on its {count} samples"
+        return (
+            f"without reference images, real ones that were never trained on, no copy rate was measured on {count} "
+            "samples, so add --reference"
         )
-    elif rate.floor is None:
-        main = (
-            f"Of {count} samples of {name}, {_rate_text(rate.rate)} count as copies{_variant_text(rate)}, but without "
-            "held-out images nobody knows how many of these are chance"
-        )
-    else:
-        measured = f"{_rate_text(rate.rate)} of {count} samples count as copies{_variant_text(rate)}"
-        floor = f"{with_interval(rate.floor)} of real images that were never trained on"
-        main = {
-            Finding.COPIES: f"Samples of {name} copy training images: {measured}, against {floor}",
-            Finding.MAYBE: f"Samples of {name} may copy training images, but the evidence is weak: {measured}, against "
-            f"{floor}, and the intervals overlap",
-            Finding.NONE: f"No copying beyond chance shows in {name}: {measured}, against {floor}",
-        }[finding]
-    parts = [main, *_caveats(audit, finding), *_against_baseline(audit, baseline)]
-    return finding, "; ".join(parts) + "."
+    measured = f"{_rate_text(rate.rate)} of {count} samples count as copies{_variant_text(rate)}"
+    if rate.floor is None:
+        return f"{measured}, but without held-out images nobody knows how many of these are chance"
+    return f"{measured}, against {with_interval(rate.floor)} of real images that were never trained on"
+
+
+def _unseen(audit: Audit, rate: CopyRate | None) -> str:
+    """How much copying could go unseen beside this floor, and what would show it."""
+    if rate is None or rate.floor is None:
+        return ""
+    wide = rate.floor.high - rate.floor.value > WORTH_SEEING
+    more = f"hold out more than {audit.data.held_out:,} images" if wide else "draw more samples"
+    return f", so copying of {percent(could_miss(rate))} of samples could go unseen, and you should {more}"
 
 
 def _rate_text(share: Interval) -> str:
@@ -64,22 +94,17 @@ def _variant_text(rate: CopyRate) -> str:
     }[rate.variant]
 
 
-def _caveats(audit: Audit, finding: Finding) -> list[str]:
-    parts = []
-    if audit.model.samples < ENOUGH_SAMPLES:
-        parts.append(
-            f"{audit.model.samples:,} samples are few, so take at least {ENOUGH_SAMPLES:,} before relying on it"
-        )
-    if (far := _times_as_far(audit)) is not None and far > HARDLY_LEARNED:
-        gap = f"samples lie {far:.1f} times as far from the training images as real held-out images do"
-        low = "so the model has hardly learned"
-        parts.append(f"{gap}, {low}" + ("" if finding is Finding.COPIES else " and a low copy rate says little"))
-    return parts
-
-
-def _times_as_far(audit: Audit) -> float | None:
-    held_out = audit.replication.held_out_distance
-    return audit.replication.distance / held_out if held_out else None
+def _hardly_learned(audit: Audit) -> str:
+    """What shows that the model has hardly learned to draw, '' if nothing does."""
+    reasons, held_out = [], audit.replication.held_out_distance
+    if held_out and (far := audit.replication.distance / held_out) > HARDLY_LEARNED:
+        reasons.append(f"samples lie {far:.1f} times as far from the training images as real held-out images do")
+    for own in audit.fidelity:
+        if own.precision < NO_PRECISION * (own.real_precision or 1):
+            real = f" against {percent(own.real_precision)} of real images" if own.real_precision else ""
+            reasons.append(f"precision is {percent(own.precision)}{real}")
+            break
+    return " and ".join(reasons)
 
 
 def _against_baseline(audit: Audit, baseline: Audit | None) -> list[str]:

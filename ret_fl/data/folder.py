@@ -11,7 +11,7 @@ from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.decode import Encoded, decode_cached, describe_files
 from ret_fl.data.images import ImageSet
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def load_folder(config: DataConfig) -> ImageSet:
@@ -28,7 +28,7 @@ def load_folder(config: DataConfig) -> ImageSet:
     root = Path(config.path).expanduser()
     if not root.is_dir():
         raise ConfigError(f"data.path: {root} is not a folder")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
     if not files:
         raise ConfigError(f"data.path: no PNG, JPEG, WebP or BMP images below {root}")
 
