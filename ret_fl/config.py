@@ -124,7 +124,8 @@ class OptimizerConfig(Section):
     lr: float = Field(2e-3, gt=0, description="AdamW learning rate after warm-up.")
     schedule: Literal["constant", "cosine"] = Field(
         "cosine",
-        description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds.",
+        description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds; a run "
+        "that is given more rounds later climbs up to its new curve.",
     )
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, counted from fresh moments.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")

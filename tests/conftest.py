@@ -61,7 +61,12 @@ MEMORIZED: dict[str, Scalar] = TINY | {
 }
 """Canaries among 34 images, every checkpoint kept, an audit at the end."""
 
-PLAIN: dict[str, Scalar] = {"agc.mode": "off", "redistribution.policy": "none", "data.duplicates": "keep"}
+PLAIN: dict[str, Scalar] = {
+    "agc.mode": "off",
+    "redistribution.policy": "none",
+    "data.duplicates": "keep",
+    "optimizer.schedule": "constant",
+}
 """No mitigation at all: what is left is federated averaging."""
 
 Client = Callable[[Message, Context], Message]

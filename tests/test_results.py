@@ -93,18 +93,18 @@ def test_a_curve_holds_only_points_of_all_seeds() -> None:
 
 def test_rows_survive_the_file_and_a_later_default_does_not_hide_a_difference(tmp_path: Path) -> None:
     file = ResultsFile(tmp_path / "r.jsonl")
-    config = RunConfig.from_flat({"agc.mem-ratio": 2.0, "shards": 2})
+    config = RunConfig.from_flat({"agc.mem-ratio": 2.0, "shards": 7})
     file.add([row(settings=file.difference(config))])
     again = ResultsFile(file.path)
-    assert again.rows == file.rows and again.rows[0].settings == {"agc.mem-ratio": 2.0, "shards": 2}
+    assert again.rows == file.rows and again.rows[0].settings == {"agc.mem-ratio": 2.0, "shards": 7}
     assert again.find(("digits", "central", 0), 1.0, config) == again.rows[0]
     assert again.find(("digits", "central", 0), 1.0, RunConfig()) is None
-    # the file was begun when shards was 2 by default: today's default is a difference, and 2 is none
-    again.defaults["shards"] = 2
+    # the file was begun when shards was 7 by default: today's default is a difference, and 7 is none
+    again.defaults["shards"] = 7
     assert again.difference(RunConfig()) == {"shards": RunConfig().shards}
     # a setting younger than the file counts only where it is off its default
     del again.defaults["agc.mem-ratio"]
-    assert again.difference(RunConfig.from_flat({"shards": 2})) == {}
+    assert again.difference(RunConfig.from_flat({"shards": 7})) == {}
     assert again.difference(config) == {"agc.mem-ratio": 2.0}
 
 

@@ -356,7 +356,8 @@ def test_what_the_checkpoint_was_made_with_cannot_change(stopped: Path, key: str
 
 
 def test_more_rounds_extend_a_finished_run(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
-    still: Mapping[str, Scalar] = {"redistribution.policy": "quarantine"}  # a run's last round moves nothing
+    # a run's last round moves nothing, and a schedule ends with it
+    still: Mapping[str, Scalar] = {"redistribution.policy": "quarantine", "optimizer.schedule": "constant"}
     config, out = tiny(SETTINGS, still), tmp_path / "run"
     short = RunConfig.from_flat(config.to_flat() | {"num-server-rounds": 2})
     run_server(short, out)

@@ -35,7 +35,7 @@ data.path = "IMAGES"
 [methods.central]
 label = "central training"
 points = [0.5, 1]
-set = { shards = 1, agc.mode = "off" }
+set = { shards = 1, agc.mode = "off", optimizer.schedule = "constant" }
 [methods.default]
 label = "the default"
 set = { shards = 2 }
@@ -111,7 +111,7 @@ def test_a_further_point_goes_on_from_the_last_round_and_leaves_the_rest(finishe
 
 
 def test_under_a_schedule_every_point_is_a_training_of_its_own(tmp_path: Path) -> None:
-    text = GRID.replace('agc.mode = "off" }', 'agc.mode = "off", optimizer.schedule = "cosine" }')
+    text = GRID.replace('"constant"', '"cosine"')
     cell = next(c for c in Study.read(write(tmp_path, text)).cells() if c.method == "central")
     assert cell.length == 1.5
     assert [cell.folder(tmp_path, share).name for share in cell.points] == ["0.5x", "1x"]
@@ -142,7 +142,7 @@ def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('shards = 1, agc.mode = "off"', 'shards = 1, agc.mod = "off"'), "agc.mod"),
+        (("shards = 1, agc.mode", "shards = 1, agc.mod"), "agc.mod"),
         (("[methods.default]", '[methods.default]\ndatasets = ["cifar"]'), "cifar"),
         (("[methods.default]", '[methods.default]\nskips-of = "agc"'), "skips-of"),
         (("points = [0.5, 1]", "points = [0, 1]"), "methods.central.points"),
