@@ -22,7 +22,10 @@ from ret_fl.audit.schema import Audit, Interval
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.files import write_atomically
 
-LOCAL = ("name", "out", "resume", "state-dir", "data.cache-dir", "device", "threads", "keep-checkpoints")
+LOCAL = (
+    "name", "out", "resume", "state-dir", "data.cache-dir", "device", "threads", "keep-checkpoints", "min-nodes",
+    "wait-seconds", "round-timeout",
+)  # fmt: skip
 """Settings that say where and how a run is made, not what comes out."""
 
 

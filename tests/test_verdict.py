@@ -126,7 +126,7 @@ def membership(attack: str, value: float, low: float) -> Membership:
         ([("loss", 0.55, 0.49), ("pia", 0.88, 0.86)], [1.0, 1.5], "AUC 0.880 (0.860 to 0.900) by PIA"),
         ([("loss", 0.7, 0.65), ("pia", 0.6, 0.55)], [], "AUC 0.700 (0.650 to 0.750) by loss"),
         ([("loss", 0.54, 0.49), ("pia", 0.45, 0.4)], [0.4, 5.2, 2.1, 1.2, 3.1], None),
-        ([], [10.2, 6.6, 4.3, 4.8, 6.8], "canaries exposed by 6.54 bits"),
+        ([], [10.2, 6.6, 4.3, 4.8, 6.8], "canaries are exposed by 6.54 bits"),
     ],
 )
 def test_members_told_apart_are_said_and_not_green(

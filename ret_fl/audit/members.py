@@ -34,8 +34,8 @@ def members_told(audit: Audit) -> str:
     found = []
     attack = strongest_attack(audit)
     if attack is not None and attack.auc.low > 0.5:
-        found.append(f"AUC {plain_interval(attack.auc)} {ATTACKS[attack.attack]}, where 0.5 is guessing")
+        found.append(f"AUC {plain_interval(attack.auc)} {ATTACKS[attack.attack]}, where 0.5 is guessing,")
     exposure = audit.leakage.exposure if audit.leakage else None
     if exposure is not None and are_exposed(exposure):
-        found.append(f"canaries exposed by {bits(exposure.mean)}, where {CHANCE_BITS:.2f} are chance")
-    return " and ".join(found)
+        found.append(f"canaries are exposed by {bits(exposure.mean)}, where {CHANCE_BITS:.2f} are chance")
+    return " and ".join(found).rstrip(",")
