@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -228,8 +229,10 @@ def _claims(rows: Sequence[Row], dataset: str, baseline: str) -> list[str]:
 
 def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str]) -> Figure:
     """The copy-quality plane of a dataset: copy rate against Frechet distance and precision, curves along training."""
-    colours = [plots.BLUE, plots.RED, plots.GREEN, plots.AMBER, plots.PLUM]
-    many = [m for m in methods if len(curve(rows, dataset, m)) > 1]
+    many = [m for m in methods if len(curve(rows, dataset, m)) > 1 or m == DEFAULT]
+    others = [m for m in many if m not in (study.baseline, DEFAULT)]
+    colours = dict(zip(others, itertools.cycle([plots.GREEN, plots.AMBER, plots.PLUM]), strict=False))
+    colours |= {study.baseline: plots.BLUE, DEFAULT: plots.RED}
     single = [m for m in methods if m not in many]
     real = Point([r for r in rows if r.dataset == dataset])
     with plots.style():
@@ -242,13 +245,20 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
             ("lower is better", "higher is better"),
             strict=True,
         ):
-            for i, method in enumerate(many):
+            for method in many:
                 points = curve(rows, dataset, method)
                 x, y = [p.cr for p in points], [getattr(p, quality) for p in points]
                 label = study.methods[method].label.replace("*", "")
-                axes.plot(x, y, "-o", color=colours[i % len(colours)], ms=3.5, lw=1.3, label=label)
+                axes.plot(x, y, "-o", color=colours[method], clip_on=False, ms=3.5, lw=1.3, label=label)
                 whole = [p for p in points if math.isclose(p.share, 1)]
-                axes.plot([p.cr for p in whole], [getattr(p, quality) for p in whole], "s", ms=8, color=colours[i % 5])
+                axes.plot(
+                    [p.cr for p in whole],
+                    [getattr(p, quality) for p in whole],
+                    "s",
+                    ms=8,
+                    color=colours[method],
+                    clip_on=False,
+                )
             for method in single:
                 point = curve(rows, dataset, method)[0]
                 axes.plot(point.cr, getattr(point, quality), "o", ms=4.5, color=plots.MUTED)
