@@ -98,7 +98,7 @@ def _encoded(dataset: Any, config: DataConfig) -> Encoded:
     rows = dataset.select_columns([config.image_column])
     try:
         rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last is what pyarrow raises for such a cast
         raise ConfigError(f"data.image-column: {config.image_column!r} does not hold images: {error}") from error
 
     def open_row(i: int) -> Image.Image:
