@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUN := runs/$(shell date +%Y%m%d-%H%M%S)-digits
 
 .PHONY: help setup run test test-slow study-small study bench clean
 
@@ -18,8 +19,10 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet $(if $(filter cuda,$(PYTORCH)),,-c constraints-cpu.txt) -e '.[dev]'
 	@touch $@
 
-run: setup ## the main job: RET on digits through `flwr run`, to a folder of results
-	$(BIN)/ret-fl run --preset simulations/presets/digits.toml
+run: setup ## the main job: RET on digits through `flwr run`, then central training, and a report of both
+	$(BIN)/ret-fl run --preset simulations/presets/digits.toml --out $(RUN)
+	$(BIN)/ret-fl run --preset simulations/presets/central.toml --engine inline --out $(RUN)-central
+	$(BIN)/ret-fl report $(RUN) $(RUN)-central --baseline $(RUN)-central
 
 test: setup ## lint, types, tests
 	$(BIN)/ruff check .

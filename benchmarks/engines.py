@@ -29,6 +29,7 @@ from ret_fl.data.sources import load_splits
 from ret_fl.devices import resolve_device
 from ret_fl.engines import isolated_superlink, run_flwr
 from ret_fl.proxy import ProxyTrainer, train_proxy
+from ret_fl.roster import Roster
 from ret_fl.rundir import RunDir
 from ret_fl.settings import new_run
 from server.app import app as server_app
@@ -54,7 +55,7 @@ def settings(rounds: int) -> dict[str, Scalar]:
 def plain_round(config: RunConfig, trainer: ProxyTrainer) -> float:
     """Seconds to train every shard once, with nothing around it."""
     data = load_splits(config.data)
-    strategy, weights = fresh_strategy(config, data)
+    strategy, weights = fresh_strategy(config, data, Roster(config, data.train.fingerprint), [])
     began = time.perf_counter()
     for shard in range(config.shards):
         train_proxy(trainer, strategy.order(1, shard), weights, data.train, data.kind, None)

@@ -14,12 +14,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from ret_fl.config import RunConfig
+from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, load_splits
 from ret_fl.devices import resolve_device
 from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
 from ret_fl.proxy import ProxyTrainer, train_proxy
 from ret_fl.proxystate import ProxyFiles
+from ret_fl.speed import images_per_second
 
 app = ClientApp()
 
@@ -47,13 +49,22 @@ def _trainer(config: RunConfig) -> ProxyTrainer:
     return ProxyTrainer(config, store.image_shape, store.num_classes, resolve_device(config.device))
 
 
+def _limit_threads(config: RunConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Say which partition, device and data this node has."""
+    """Say which partition, device and data this node has, and how fast it is where shards are dealt by speed."""
     config = _on_this_node(Hello.requested(message.content), context)
     store = _data(config).train
     partition = int(context.node_config.get("partition-id", -1))
-    answer = Hello(partition, str(resolve_device(config.device)), store.fingerprint, len(store))
+    speed = 0.0
+    if config.partition.sizes == BY_SPEED:
+        _limit_threads(config)
+        speed = images_per_second(_trainer(config), store.image_shape)
+    answer = Hello(partition, str(resolve_device(config.device)), store.fingerprint, len(store), speed)
     return Message(answer.pack(), reply_to=message)
 
 
@@ -62,8 +73,7 @@ def train(message: Message, context: Context) -> Message:
     """Train one shard for one round."""
     order, weights = TrainOrder.unpack(message.content)
     config = _on_this_node(order.config, context)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    _limit_threads(config)
     data = _data(config)
     if data.train.fingerprint != order.fingerprint:
         raise WrongDataError(

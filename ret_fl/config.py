@@ -85,7 +85,9 @@ class PartitionConfig(Section):
     alpha: float = Field(0.3, gt=0, description="Dirichlet concentration: small is skewed, large is even.")
     classes_per_shard: int = Field(2, ge=1, description="Classes each shard holds under 'class'.")
     sizes: str = Field(
-        "", description="Relative shard sizes for 'iid' and 'shuffled', as in '0.7,0.2,0.07,0.03'; empty: equal."
+        "",
+        description="Relative shard sizes for 'iid' and 'shuffled', as in '0.7,0.2,0.07,0.03'; empty: equal; 'speed': "
+        "as fast as the nodes train, measured at the start.",
     )
     path: str = Field("", description="For 'file': a .npy or .json list with one shard number a sample.")
 
@@ -237,10 +239,21 @@ class RunConfig(Section):
         5, ge=0, description="Measure train and held-out loss of the averaged model every n rounds; 0: never."
     )
     keep_checkpoints: int = Field(2, ge=1, description="How many rounds back a run can be resumed from.")
-    min_nodes: int = Field(1, ge=1, description="Clients needed to start; more shards than clients take turns.")
-    wait_seconds: float = Field(300, gt=0, description="How long to wait for min-nodes clients before giving up.")
+    min_nodes: int = Field(1, ge=1, description="Clients needed in every round; more shards than clients take turns.")
+    wait_seconds: float = Field(
+        300, gt=0, description="How long to wait for min-nodes clients before stopping, to be resumed."
+    )
     round_timeout: float = Field(
         43200, gt=0, description="Seconds after which a round gives up shards that are missing."
+    )
+    retries: int = Field(
+        2, ge=0, description="How often a shard's order may go to another node in one round, when one fails it."
+    )
+    patience: float = Field(
+        4,
+        gt=1,
+        description="An order goes to another node after this many times the seconds it should take at the node's "
+        "measured speed (and two minutes at least); what comes first counts.",
     )
     quorum: float = Field(0.5, gt=0, le=1, description="Share of shards whose reply must be sound, or the run stops.")
     device: str = Field(

@@ -239,12 +239,13 @@ def base_content(weights: ArrayRecord, report: TrainReport) -> RecordDict:
 
 @dataclass(frozen=True)
 class Hello:
-    """How a client introduces itself before it gets work."""
+    """How a client introduces itself before it gets work; images_per_second: its speed, 0 if not asked for."""
 
     partition: int
     device: str
     fingerprint: str
     samples: int
+    images_per_second: float
 
     @staticmethod
     def request(config: RunConfig) -> RecordDict:

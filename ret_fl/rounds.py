@@ -27,7 +27,11 @@ class ShardState:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """What happened in a round; `failures` tells why each missing shard is missing."""
+    """What happened in a round.
+
+    failures: why each missing shard is missing. resent: orders that went to another node, and why. partitions: the
+    partition of the node that trained each shard.
+    """
 
     round: int
     aggregated: bool
@@ -35,6 +39,8 @@ class RoundSummary:
     moves: Moves
     quarantined: int
     failures: dict[int, str]
+    resent: list[dict[str, object]]
+    partitions: dict[int, int]
     bytes_down: int
     bytes_up: int
     seconds: float
@@ -53,6 +59,7 @@ class RoundSummary:
             "quarantined": self.quarantined,
             "failures": len(self.failures),
             "failed_shards": {str(shard): reason for shard, reason in self.failures.items()},
+            "resent": self.resent,
             "aggregated": self.aggregated,
             "level_draws": sum((r.level_draws for r in self.reports), np.zeros(BINS, np.int64)).tolist(),
             "level_skips": sum((r.level_skips for r in self.reports), np.zeros(BINS, np.int64)).tolist(),
@@ -69,6 +76,7 @@ class RoundSummary:
                     "skip_rate": r.skip_rate,
                     "samples": r.num_examples,
                     "seconds": r.seconds,
+                    "partition": self.partitions[r.shard],
                     "start": r.start,
                     "memorized": r.memorized[:TOLD].tolist(),
                     "high_loss": r.high_loss[:TOLD].tolist(),

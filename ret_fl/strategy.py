@@ -24,15 +24,9 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
+from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
-from ret_fl.protocol import (
-    Hello,
-    ProtocolError,
-    TrainOrder,
-    TrainReport,
-    base_content,
-    payload_bytes,
-)
+from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, payload_bytes
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import (
     is_due,
@@ -42,11 +36,8 @@ from ret_fl.redistribution import (
     random_of_equal_number,
     shard_fits,
 )
+from ret_fl.roster import FederationError, Roster
 from ret_fl.rounds import RoundSummary, ShardState, check_reply
-
-
-class FederationError(RuntimeError):
-    """The run cannot go on: no clients, too few sound replies, or clients with other data."""
 
 
 class _ShardGrid:
@@ -80,15 +71,20 @@ def _refuse_to_wait(base: Strategy, shards: int) -> None:
         inner = getattr(inner, "strategy", None)
 
 
+Sound = tuple[Message, TrainReport, ArrayRecord | None]
+
+
 @dataclass
 class _Open:
     """The round in progress."""
 
-    began: float
+    number: int = 0
+    began: float = 0.0
     orders: dict[int, TrainOrder] = field(default_factory=dict)
-    messages: dict[int, Message] = field(default_factory=dict)
+    errands: dict[int, Errand] = field(default_factory=dict)
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
-    bytes_down: int = 0
+    sound: dict[int, Sound] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
 
 
 class RedistributeEnsemble(Strategy):
@@ -110,6 +106,8 @@ class RedistributeEnsemble(Strategy):
     base : Strategy, optional
         Any Flower strategy that averages one ArrayRecord a reply: FedAvg (default), FedAdam, FedMedian, Krum, or
         one of these inside a differential-privacy wrapper.
+    roster : Roster, optional
+        The nodes greeted so far.
     first_round : int
         Rounds already done, when resuming: Flower's own `start` counts from 1.
     banks : list of ShardState, optional
@@ -125,6 +123,7 @@ class RedistributeEnsemble(Strategy):
         run_key: str,
         content: NDArray[np.uint64] | None = None,
         base: Strategy | None = None,
+        roster: Roster | None = None,
         first_round: int = 0,
         banks: list[ShardState] | None = None,
     ) -> None:
@@ -138,11 +137,9 @@ class RedistributeEnsemble(Strategy):
         self.first_round = first_round
         self.policies, self.quarantine = parse_policy(config.redistribution.policy)
         self.shards = banks or self._fresh_shards()
-        self.nodes: dict[int, Hello] = {}
-        self.refused: set[int] = set()
-        self.unwell: dict[int, str] = {}
+        self.roster = roster or Roster(config, fingerprint)
         self.last: RoundSummary | None = None
-        self._open = _Open(0.0)
+        self._open = _Open()
 
     def _fresh_shards(self) -> list[ShardState]:
         cells = self.config.agc.bins or self.config.diffusion.timesteps
@@ -160,88 +157,40 @@ class RedistributeEnsemble(Strategy):
         log(INFO, "\t│\t└── Averaging: %s, every %d rounds", type(self.base).__name__, c.aggregate_every)
         self.base.summary()
 
-    # Nodes
-
-    def greet(self, grid: Grid) -> None:
-        """Ask every unknown node who it is; wait until `min-nodes` with the right data are there.
-
-        Raises `FederationError` if one has other data, or if too few come within `wait-seconds`.
-        """
-        deadline = time.monotonic() + self.config.wait_seconds
-        while True:
-            for node, hello in self._hellos(grid).items():
-                if hello.fingerprint != self.fingerprint:
-                    raise FederationError(
-                        f"node {node} (partition {hello.partition}) has other data: fingerprint "
-                        f"{hello.fingerprint[:16]} of {hello.samples} samples, the server has "
-                        f"{self.fingerprint[:16]} of {len(self.ledger)}. Check data.source, data.path, data.seed and "
-                        "the files on that node"
-                    )
-                self.nodes[node] = hello
-                log(INFO, "node %d: partition %d on %s, same data", node, hello.partition, hello.device)
-            if len(self.nodes) >= self.config.min_nodes:
-                return
-            if time.monotonic() > deadline:
-                said = "".join(f". Node {node} answered: {why}" for node, why in self.unwell.items())
-                raise FederationError(
-                    f"{len(self.nodes)} of min-nodes={self.config.min_nodes} clients came within "
-                    f"wait-seconds={self.config.wait_seconds:g}{said}"
-                )
-            time.sleep(1)
-
-    def _hellos(self, grid: Grid) -> dict[int, Hello]:
-        new = [n for n in grid.get_node_ids() if n not in self.nodes and n not in self.refused]
-        requests = [Message(Hello.request(self.config), dst_node_id=n, message_type=MessageType.QUERY) for n in new]
-        if not requests:
-            return {}
-        hellos: dict[int, Hello] = {}
-        for reply in grid.send_and_receive(requests, timeout=self.config.wait_seconds):
-            node = reply.metadata.src_node_id
-            try:
-                if reply.has_error():
-                    raise ProtocolError(reply.error.reason)
-                hellos[node] = Hello.unpack(reply.content)
-            except ProtocolError as error:
-                if self.unwell.get(node) != str(error):
-                    log(WARNING, "node %d does not answer properly: %s", node, error)
-                self.unwell[node] = str(error)
-        return hellos
-
-    def _living_nodes(self, grid: Grid) -> list[int]:
-        """Nodes that may get work, by partition; late-comers are greeted, those with other data left out."""
-        for node, hello in self._hellos(grid).items():
-            if hello.fingerprint == self.fingerprint:
-                self.nodes[node] = hello
-                log(INFO, "node %d joins: partition %d on %s", node, hello.partition, hello.device)
-            else:
-                self.refused.add(node)
-                log(WARNING, "node %d joins with other data (%s) and is left out", node, hello.fingerprint[:16])
-        alive = set(grid.get_node_ids())
-        return sorted((n for n in self.nodes if n in alive), key=lambda n: (self.nodes[n].partition, n))
-
     # Flower's hooks
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One order for each shard; where there are fewer nodes than shards, they take turns."""
+        """One order for each shard; where there are fewer nodes than shards, they take turns.
+
+        On a `Dispatcher` the order of a node that fails goes to another one. Raises `FederationError` if fewer than
+        `min-nodes` are left after `wait-seconds`.
+        """
         round = self.first_round + server_round
-        nodes = self._living_nodes(grid)
-        if not nodes:
-            raise FederationError(f"round {round}: no client is left. {self._how_to_resume()}")
+        try:
+            nodes = self.roster.wait_for_enough(grid)
+        except FederationError as error:
+            raise FederationError(f"round {round}: {error}. {self._how_to_resume()}") from None
         # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
         list(self.base.configure_train(server_round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
-        self._open = _Open(time.monotonic(), arrays=arrays)
-        for shard in range(self.ledger.num_shards):
-            order = self.order(round, shard)
-            content = order.pack(arrays)
-            node = nodes[shard % len(nodes)]
-            self._open.orders[shard] = order
-            self._open.messages[shard] = Message(
-                content, dst_node_id=node, message_type=MessageType.TRAIN, ttl=self.config.round_timeout
+        shards = range(self.ledger.num_shards)
+        orders = {shard: self.order(round, shard) for shard in shards}
+        work = {shard: self.config.local_epochs * len(order.ids) for shard, order in orders.items()}
+        messages = {
+            shard: Message(
+                orders[shard].pack(arrays),
+                dst_node_id=node,
+                message_type=MessageType.TRAIN,
+                ttl=self.config.round_timeout,
             )
-            self._open.bytes_down += payload_bytes(content)
-        return list(self._open.messages.values())
+            for shard, node in self.roster.assign([work[shard] for shard in shards], nodes).items()
+        }
+        errands = {shard: Errand(shard, message) for shard, message in messages.items()}
+        self._open = _Open(round, time.monotonic(), orders, errands, arrays)
+        if isinstance(grid, Dispatcher):
+            grid.phase = Phase(errands, self._judge, work)
+        return list(messages.values())
 
     def order(self, round: int, shard: int) -> TrainOrder:
         """What the client that trains `shard` in `round` needs to know."""
@@ -279,7 +228,7 @@ class RedistributeEnsemble(Strategy):
         """
         round = self.first_round + server_round
         replies = list(replies)
-        sound, failures = self._sound(round, replies)
+        sound, failures = self._sound(replies)
         needed = math.ceil(self.config.quorum * self.ledger.num_shards)
         if len(sound) < needed:
             reasons = "; ".join(f"shard {shard}: {why}" for shard, why in failures.items())
@@ -288,6 +237,7 @@ class RedistributeEnsemble(Strategy):
                 f"{needed}. {reasons}. {self._how_to_resume()}"
             )
         bytes_up = sum(payload_bytes(m.content) for m in replies if m.has_content())
+        errands = self._open.errands
         reports = [report for _, report, _ in sound]
         arrays, metrics = self._average(server_round, sound) if self.aggregates(round) else (None, None)
         for report in reports:
@@ -295,6 +245,7 @@ class RedistributeEnsemble(Strategy):
             shard = self.shards[report.shard]
             shard.bank_values, shard.bank_visits = report.bank_values, report.bank_visits
             shard.proxy_round = round
+            self.roster.trained(report.shard, errands[report.shard].node, report.images, report.seconds)
         moves = self._redistribute(round, reports)
         fits = shard_fits(reports)
         self.last = RoundSummary(
@@ -304,46 +255,57 @@ class RedistributeEnsemble(Strategy):
             moves=moves,
             quarantined=int((self.ledger.probability < 1).sum()),
             failures=failures,
-            bytes_down=self._open.bytes_down,
+            resent=[again for errand in errands.values() for again in errand.resent()],
+            partitions={report.shard: self._partition(errands[report.shard].node) for report in reports},
+            bytes_down=sum(payload_bytes(e.message.content) * max(1, len(e.nodes)) for e in errands.values()),
             bytes_up=bytes_up,
             seconds=time.monotonic() - self._open.began,
             gap=fits[0].log_loss - fits[-1].log_loss,
         )
         return arrays, metrics
 
-    def _sound(
-        self, round: int, replies: list[Message]
-    ) -> tuple[list[tuple[Message, TrainReport, ArrayRecord | None]], dict[int, str]]:
-        """Replies fit to be used, by shard, and why the other shards are missing."""
-        sound: dict[int, tuple[Message, TrainReport, ArrayRecord | None]] = {}
-        failures: dict[int, str] = {}
-        # Flower fills in a message's ID when it sends it, and every reply names it, errors of Flower's own too
-        asked = {message.metadata.message_id: shard for shard, message in self._open.messages.items()}
-        for reply in replies:
-            shard = asked.get(reply.metadata.reply_to_message_id, -1)
-            try:
-                if reply.has_error():
-                    raise ProtocolError(reply.error.reason)
-                report, weights = TrainReport.unpack(reply.content)
-                if shard not in self._open.orders:
-                    raise ProtocolError("it answers no order of this round")
-                if shard in sound:
-                    raise ProtocolError("a second reply for the same shard")
-                check_reply(report, weights, self._open.orders[shard], self.shards[shard], self._open.arrays)
-                self.ledger.check_report(report)
-                sound[shard] = (reply, report, weights)
-            except (ProtocolError, LedgerError) as error:
-                failures[shard] = str(error)
-                log(WARNING, "round %d: reply for shard %d dropped: %s", round, shard, error)
-        for shard in self._open.orders:
-            if shard not in sound and shard not in failures:
-                failures[shard] = f"no reply within round-timeout={self.config.round_timeout:g} s"
-                log(WARNING, "round %d: shard %d: %s", round, shard, failures[shard])
-        return [sound[shard] for shard in sorted(sound)], failures
+    def _judge(self, shard: int, reply: Message) -> str | None:
+        """Why a reply to a shard's order is not fit to be used; None if it is, and then it is kept."""
+        opened = self._open
+        try:
+            if reply.has_error():
+                raise ProtocolError(reply.error.reason)
+            report, weights = TrainReport.unpack(reply.content)
+            check_reply(report, weights, opened.orders[shard], self.shards[shard], opened.arrays)
+            self.ledger.check_report(report)
+        except (ProtocolError, LedgerError) as error:
+            opened.failures[shard] = str(error)
+            log(WARNING, "round %d: reply for shard %d dropped: %s", opened.number, shard, error)
+            return str(error)
+        opened.sound[shard] = (reply, report, weights)
+        return None
 
-    def _average(
-        self, server_round: int, sound: list[tuple[Message, TrainReport, ArrayRecord | None]]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def _sound(self, replies: list[Message]) -> tuple[list[Sound], dict[int, str]]:
+        """Replies fit to be used, by shard, and why the other shards are missing."""
+        opened = self._open
+        # Flower fills in a message's ID when it sends it, and every reply names it, errors of Flower's own too
+        asked = {mid: shard for shard, errand in opened.errands.items() for mid in errand.message_ids}
+        for reply in replies:
+            shard = asked.get(reply.metadata.reply_to_message_id)
+            if shard is None:
+                log(WARNING, "round %d: a reply dropped: it answers no order of this round", opened.number)
+            elif shard not in opened.sound:
+                self._judge(shard, reply)
+            elif opened.sound[shard][0] is not reply:
+                log(WARNING, "round %d: a second reply for shard %d dropped", opened.number, shard)
+        failures = {}
+        for shard, errand in opened.errands.items():
+            if shard not in opened.sound:
+                silent = f"no reply within round-timeout={self.config.round_timeout:g} s"
+                failures[shard] = opened.failures.get(shard) or errand.why_failed or silent
+                log(WARNING, "round %d: shard %d: %s", opened.number, shard, failures[shard])
+        return [opened.sound[shard] for shard in sorted(opened.sound)], failures
+
+    def _partition(self, node: int) -> int:
+        hello = self.roster.nodes.get(node)
+        return hello.partition if hello else -1
+
+    def _average(self, server_round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         messages = []
         for message, report, weights in sound:
             assert weights is not None  # check_reply saw to it

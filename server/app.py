@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from logging import INFO, WARNING
 
 import numpy as np
@@ -13,12 +14,15 @@ from flwr.serverapp import Grid, ServerApp
 from ret_fl.artefacts import finish
 from ret_fl.checkpoint import Checkpoint, any_checkpoint, load_latest
 from ret_fl.config import ConfigError, RunConfig
+from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
+from ret_fl.dispatch import Dispatcher
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
+from ret_fl.roster import Roster
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
 
@@ -46,14 +50,19 @@ def main(grid: Grid, context: Context) -> None:
 
     data = load_splits(config.data)
     log(INFO, "data: %s", data.describe())
-    strategy, weights = _resumed(config, data, checkpoint) if checkpoint else fresh_strategy(config, data)
     _warn_of_duplicates(config, data)
+    roster = Roster(config, data.train.fingerprint)
+    roster.greet(grid)
+    if checkpoint:
+        strategy, weights = _resumed(config, data, roster, checkpoint)
+    else:
+        strategy, weights = fresh_strategy(config, data, roster, roster.alive(grid))
     recorder = RunRecorder(run, config, strategy, data)
-    strategy.greet(grid)
     remaining = config.num_server_rounds - strategy.first_round
     if remaining > 0:
+        patient = Dispatcher(grid, roster, config.retries, config.patience)
         result = strategy.start(
-            grid, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
+            patient, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
         )
         weights = unpack_state(result.arrays)
     recorder.close()
@@ -69,23 +78,33 @@ def _warn_of_ignored(asked: RunConfig, stored: RunConfig) -> None:
         log(WARNING, "resuming: %s ignored, config.json decides (`ret-fl run --resume --set` changes it)", differs)
 
 
-def fresh_strategy(config: RunConfig, data: DataSplits) -> tuple[RedistributeEnsemble, State]:
-    """Strategy and first weights of a new run."""
+def fresh_strategy(
+    config: RunConfig, data: DataSplits, roster: Roster, nodes: Sequence[int]
+) -> tuple[RedistributeEnsemble, State]:
+    """Strategy and first weights of a new run. nodes: those that are there, for shards as large as they are fast."""
     train = data.train
+    dealt = config
+    if config.partition.sizes == BY_SPEED:
+        sizes = roster.sizes(config.shards, nodes)
+        log(INFO, "shard sizes by speed: %s", sizes)
+        dealt = config.model_copy(update={"partition": config.partition.model_copy(update={"sizes": sizes})})
     unet = build_unet(config.model, train.image_shape, train.num_classes, config.seed)
     state = {name: value.numpy() for name, value in unet.state_dict().items()}
     weights = {f"{part}.{name}": value for part in ("raw", "ema") for name, value in state.items()}
     strategy = RedistributeEnsemble(
-        ShardLedger.start(deal(config, data), config.shards),
+        ShardLedger.start(deal(dealt, data), config.shards),
         config,
         fingerprint=train.fingerprint,
         content=train.content_hashes,
         run_key=uuid.uuid4().hex,
+        roster=roster,
     )
     return strategy, weights
 
 
-def _resumed(config: RunConfig, data: DataSplits, checkpoint: Checkpoint) -> tuple[RedistributeEnsemble, State]:
+def _resumed(
+    config: RunConfig, data: DataSplits, roster: Roster, checkpoint: Checkpoint
+) -> tuple[RedistributeEnsemble, State]:
     if checkpoint.fingerprint != data.train.fingerprint:
         raise ConfigError(
             f"the run was made with data {checkpoint.fingerprint[:16]}, the same settings now give "
@@ -98,6 +117,7 @@ def _resumed(config: RunConfig, data: DataSplits, checkpoint: Checkpoint) -> tup
         fingerprint=checkpoint.fingerprint,
         content=data.train.content_hashes,
         run_key=checkpoint.run_key,
+        roster=roster,
         first_round=checkpoint.round,
         banks=checkpoint.shards,
     )

@@ -22,6 +22,7 @@ from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
+from ret_fl.dispatch import Dispatcher
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.proxy import ProxyTrainer
@@ -152,9 +153,13 @@ class Federation:
 
     def run(self, rounds: int | None = None) -> State:
         """Greet, train, and return the final weights."""
-        self.strategy.greet(self.grid)
-        rounds = rounds or self.config.num_server_rounds
-        self.result = self.strategy.start(self.grid, pack_state(self.start), rounds, evaluate_fn=self._note)
+        config, roster = self.config, self.strategy.roster
+        roster.greet(self.grid)
+        rounds = rounds or config.num_server_rounds
+        patient = Dispatcher(self.grid, roster, config.retries, config.patience)
+        self.result = self.strategy.start(
+            patient, pack_state(self.start), rounds, timeout=config.round_timeout, evaluate_fn=self._note
+        )
         return unpack_state(self.result.arrays)
 
     def _note(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

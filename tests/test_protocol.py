@@ -232,7 +232,7 @@ def test_a_malformed_order_is_refused_by_name(spoil: Callable[[RecordDict], None
 
 
 def test_a_hello_arrives_as_it_was_sent() -> None:
-    hello = Hello(partition=2, device="cuda:1", fingerprint="e" * 64, samples=2**33)
+    hello = Hello(partition=2, device="cuda:1", fingerprint="e" * 64, samples=2**33, images_per_second=812.5)
     assert Hello.unpack(over_the_wire(hello.pack())) == hello
     config = RunConfig.from_flat(TINY)
     assert Hello.requested(over_the_wire(Hello.request(config))) == config

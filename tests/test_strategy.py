@@ -378,7 +378,7 @@ def test_the_quorum_is_a_setting(tiny: Tiny, federate: Federate) -> None:
 
 
 def test_a_silent_client_is_a_failed_shard(tiny: Tiny, federate: Federate) -> None:
-    fed = federate(tiny({"shards": 3, "num-server-rounds": 1}))
+    fed = federate(tiny({"shards": 3, "num-server-rounds": 1, "round-timeout": 3}))
     real = fed.grid.pull_messages
     fed.grid.pull_messages = lambda ids: [r for r in real(ids) if not _is_of_shard(r, 2)]  # type: ignore[method-assign]
     fed.run()
@@ -452,7 +452,7 @@ def test_a_node_that_gets_an_order_about_other_data_refuses_it(
     from_pictures: RunConfig, federate: Federate, pictures: Path
 ) -> None:
     fed = federate(from_pictures)
-    fed.strategy.greet(fed.grid)
+    fed.strategy.roster.greet(fed.grid)
     fed.strategy.fingerprint = "0" * 64
     messages = list(fed.strategy.configure_train(1, pack_state(fed.start), ConfigRecord(), fed.grid))
     reply = next(iter(fed.grid.send_and_receive(messages)))
@@ -496,9 +496,9 @@ def test_a_dead_nodes_shard_goes_to_a_living_one(tiny: Tiny, federate: Federate)
 
 def test_without_any_living_node_the_run_stops(tiny: Tiny, federate: Federate) -> None:
     fed = federate(tiny())
-    fed.strategy.greet(fed.grid)
+    fed.strategy.roster.greet(fed.grid)
     fed.grid.contexts.clear()
-    with pytest.raises(FederationError, match="no client is left"):
+    with pytest.raises(FederationError, match="0 of min-nodes=1"):
         fed.strategy.configure_train(1, pack_state(fed.start), ConfigRecord(), fed.grid)
 
 

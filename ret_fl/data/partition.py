@@ -75,6 +75,10 @@ def _members(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     return [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
 
 
+BY_SPEED = "speed"
+"""partition.sizes: relative to how fast the nodes train, as measured when they introduce themselves."""
+
+
 def _sizes(config: PartitionConfig, num_samples: int, shards: int) -> np.ndarray:
     if not config.sizes:
         return largest_remainder(np.ones(shards), num_samples)

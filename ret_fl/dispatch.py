@@ -1,0 +1,204 @@
+"""Orders go out, replies come in; a shard whose node fails, falls silent or is far too slow goes to another node.
+
+Flower's own `send_and_receive` waits for every reply until its timeout, dead nodes included, and returns what it has.
+Here an order is sent again within the phase, so that a phase is whole whenever one living node is left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from logging import WARNING
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from ret_fl.roster import Roster
+
+PULL_SECONDS = 0.2
+LOOK_SECONDS = 5.0
+"""How often the dispatcher asks which nodes are alive."""
+LEAST_SECONDS = 120.0
+"""No node is thought too slow before."""
+SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
+"""Errors that the same node would answer with again."""
+
+
+@dataclass
+class Errand:
+    """One shard's order in a phase.
+
+    message: the order as first sent. nodes: those it went to, the last one the one whose reply counts once there is
+    one. failures: why it went on from each node but that one. asked: nodes that owe a reply, by message ID.
+    """
+
+    shard: int
+    message: Message
+    nodes: list[int] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    asked: dict[str, int] = field(default_factory=dict)
+    message_ids: list[str] = field(default_factory=list)
+    sent_at: float = 0.0
+    reply: Message | None = None
+    answered_by: int | None = None
+
+    @property
+    def node(self) -> int:
+        """The node that answered, else the one asked last."""
+        if self.answered_by is not None:
+            return self.answered_by
+        return self.nodes[-1] if self.nodes else self.message.metadata.dst_node_id
+
+    @property
+    def why_failed(self) -> str:
+        return "; ".join(self.failures)
+
+    def sent(self, message_id: str, node: int) -> None:
+        self.asked[message_id] = node
+        self.message_ids.append(message_id)
+        self.nodes.append(node)
+        self.sent_at = time.monotonic()
+
+    def to(self, node: int) -> Message:
+        """The same order, for another node."""
+        first = self.message.metadata
+        return Message(self.message.content, dst_node_id=node, message_type=first.message_type, ttl=first.ttl)
+
+    def resent(self) -> list[dict[str, object]]:
+        """Each time it was sent again, as metrics.jsonl tells it."""
+        return [{"shard": self.shard, "why": why} for _, why in zip(self.nodes[1:], self.failures, strict=False)]
+
+
+@dataclass
+class Phase:
+    """The errands of a phase. judge: why a reply without error is unfit, or None; work: images to train, by shard."""
+
+    errands: dict[int, Errand]
+    judge: Callable[[int, Message], str | None]
+    work: dict[int, int]
+
+
+class Dispatcher(Grid):
+    """The grid a strategy's rounds run on: as Flower's, but it sees a phase through.
+
+    grid: Flower's. roster: who may stand in. retries: how often an order may be sent again in a phase. patience: a
+    node is given up for a stand-in after this many times the seconds its orders should take.
+    """
+
+    def __init__(self, grid: Grid, roster: Roster, retries: int, patience: float) -> None:
+        self.grid, self.roster = grid, roster
+        self.retries, self.patience = retries, patience
+        self.phase: Phase | None = None
+
+    def set_run(self, run: Run) -> None:
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self.grid.run
+
+    def create_message(self, *args, **kwargs) -> Message:  # type: ignore[no-untyped-def]
+        return self.grid.create_message(*args, **kwargs)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
+        messages = list(messages)
+        if self.phase is None or not messages:
+            return self.grid.send_and_receive(messages, timeout=timeout) if messages else []
+        phase, self.phase = self.phase, None
+        for errand, message in zip(phase.errands.values(), messages, strict=True):
+            errand.message = message  # wrappers around the strategy may have made another of it
+        # all at once: Flower then looks only once at the weights they share
+        for errand, message_id in zip(phase.errands.values(), self.grid.push_messages(messages), strict=True):
+            self._note_sent(errand, message_id, errand.message.metadata.dst_node_id)
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        looked = time.monotonic()
+        while waiting := [e for e in phase.errands.values() if e.reply is None and e.asked]:
+            self._receive(phase, waiting)
+            now = time.monotonic()
+            if now >= deadline:
+                break
+            if now - looked >= LOOK_SECONDS:
+                looked = now
+                self._look_after(phase)
+            if any(e.reply is None and e.asked for e in waiting):
+                time.sleep(PULL_SECONDS)
+        return [e.reply for e in phase.errands.values() if e.reply is not None]
+
+    def _note_sent(self, errand: Errand, message_id: str | None, node: int) -> None:
+        if message_id is None:  # what Flower's grid gives for a message it could not push
+            errand.failures.append("Flower could not send the order")
+        else:
+            errand.sent(message_id, node)
+
+    def _send_again(self, errand: Errand, node: int) -> None:
+        log(WARNING, "shard %d goes to node %d", errand.shard, node)
+        message = errand.to(node)
+        for message_id in self.grid.push_messages([message]):
+            self._note_sent(errand, message_id, node)
+
+    def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
+        whose = {message_id: errand for errand in waiting for message_id in errand.asked}
+        for reply in self.grid.pull_messages(list(whose)):
+            asked = reply.metadata.reply_to_message_id
+            errand = whose.get(asked)
+            if errand is None or errand.reply is not None:
+                continue
+            node = errand.asked.pop(asked)
+            if reply.has_error():
+                again = reply.error.code not in SURELY_THE_APPS
+                self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
+            elif (why := phase.judge(errand.shard, reply)) is not None:
+                self._failed(phase, errand, node, why, same_node=False)
+            else:
+                errand.reply, errand.answered_by = reply, node
+
+    def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
+        errand.failures.append(why)
+        log(WARNING, "shard %d on node %d: %s", errand.shard, node, why)
+        if errand.asked:
+            return  # another node is at it already
+        to = self.roster.stand_in(errand.nodes, self.grid)
+        if to is None and same_node and node in self.roster.alive(self.grid):
+            to = node
+        if to is not None and len(errand.nodes) <= self.retries:
+            self._send_again(errand, to)
+
+    def _look_after(self, phase: Phase) -> None:
+        """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
+        alive = set(self.roster.alive(self.grid))
+        assigned = {e.shard: e.nodes[-1] for e in phase.errands.values() if e.reply is None and e.asked}
+        for errand in [phase.errands[shard] for shard in assigned]:
+            node = assigned[errand.shard]
+            if node not in alive:
+                why = "the node is gone"
+            elif self._too_late(phase, errand, assigned):
+                why = "the node is far behind its measured speed"
+            else:
+                continue
+            to = self.roster.stand_in(errand.nodes, self.grid)
+            # a node that was restarted has lost the order it had, and does not say so
+            to = node if to is None and node in alive else to
+            if to is not None and len(errand.nodes) <= self.retries:
+                errand.failures.append(why)
+                log(WARNING, "shard %d on node %d: %s", errand.shard, node, why)
+                self._send_again(errand, to)
+
+    def _too_late(self, phase: Phase, errand: Errand, assigned: dict[int, int]) -> bool:
+        expected = self.roster.seconds(phase.work, assigned, assigned[errand.shard])
+        if expected is None:
+            return False
+        return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * expected)

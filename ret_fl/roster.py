@@ -1,0 +1,178 @@
+"""The nodes of a federation: who is there, with which data, how fast, and which shard goes to whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from logging import INFO, WARNING
+
+from flwr.app import Message, MessageType
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from ret_fl.config import RunConfig
+from ret_fl.protocol import Hello, ProtocolError
+
+POLL_SECONDS = 1.0
+HELLO_SECONDS = 60.0
+"""How long a node that comes while others train may take to introduce itself."""
+STAY = 1.5
+"""A shard stays with its node, where its moments lie, unless another would be done this many times sooner."""
+SMOOTH = 0.5
+"""How much of its old speed a node keeps at each new measurement."""
+
+
+class FederationError(RuntimeError):
+    """The run cannot go on: no clients, too few sound replies, or clients with other data."""
+
+
+@dataclass
+class Roster:
+    """Nodes that have introduced themselves with the right data, and how fast each trains.
+
+    nodes: what each said of itself. refused: nodes with other data. unwell: why a node could not introduce itself.
+    speed: images a second, measured. home: the node that trained a shard last, which has its moments.
+    """
+
+    config: RunConfig
+    fingerprint: str
+    nodes: dict[int, Hello] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+    unwell: dict[int, str] = field(default_factory=dict)
+    speed: dict[int, float] = field(default_factory=dict)
+    home: dict[int, int] = field(default_factory=dict)
+
+    def greet(self, grid: Grid) -> None:
+        """Ask every unknown node who it is; wait until `min-nodes` with the right data are there.
+
+        Raises `FederationError` if one has other data, or if too few come within `wait-seconds`.
+        """
+        deadline = time.monotonic() + self.config.wait_seconds
+        while True:
+            for node, hello in self._hellos(grid, self.config.wait_seconds).items():
+                if hello.fingerprint != self.fingerprint:
+                    raise FederationError(
+                        f"node {node} (partition {hello.partition}) has other data: fingerprint "
+                        f"{hello.fingerprint[:16]} of {hello.samples} samples, the server has "
+                        f"{self.fingerprint[:16]}. Check data.source, data.path, data.seed and the files on that node"
+                    )
+                self._welcome(node, hello)
+            if len(self.nodes) >= self.config.min_nodes:
+                return
+            if time.monotonic() > deadline:
+                raise FederationError(self._too_few(len(self.nodes)))
+            time.sleep(POLL_SECONDS)
+
+    def _welcome(self, node: int, hello: Hello) -> None:
+        self.nodes[node] = hello
+        if hello.images_per_second > 0:
+            self.speed[node] = hello.images_per_second
+        log(INFO, "node %d: partition %d on %s, same data", node, hello.partition, hello.device)
+
+    def _too_few(self, there: int) -> str:
+        said = "".join(f". Node {node} answered: {why}" for node, why in self.unwell.items())
+        return (
+            f"{there} of min-nodes={self.config.min_nodes} clients are there after "
+            f"wait-seconds={self.config.wait_seconds:g}{said}"
+        )
+
+    def _hellos(self, grid: Grid, timeout: float) -> dict[int, Hello]:
+        new = [n for n in grid.get_node_ids() if n not in self.nodes and n not in self.refused]
+        requests = [Message(Hello.request(self.config), dst_node_id=n, message_type=MessageType.QUERY) for n in new]
+        if not requests:
+            return {}
+        hellos: dict[int, Hello] = {}
+        for reply in grid.send_and_receive(requests, timeout=timeout):
+            node = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise ProtocolError(reply.error.reason)
+                hellos[node] = Hello.unpack(reply.content)
+                self.unwell.pop(node, None)
+            except ProtocolError as error:
+                if self.unwell.get(node) != str(error):
+                    log(WARNING, "node %d does not answer properly: %s", node, error)
+                self.unwell[node] = str(error)
+        return hellos
+
+    def living(self, grid: Grid) -> list[int]:
+        """Nodes that may get work, by partition; late-comers are greeted, those with other data left out."""
+        for node, hello in self._hellos(grid, min(HELLO_SECONDS, self.config.wait_seconds)).items():
+            if hello.fingerprint == self.fingerprint:
+                self._welcome(node, hello)
+            else:
+                self.refused.add(node)
+                log(WARNING, "node %d joins with other data (%s) and is left out", node, hello.fingerprint[:16])
+        return self.alive(grid)
+
+    def alive(self, grid: Grid) -> list[int]:
+        """Known nodes that Flower still hears from, by partition."""
+        there = set(grid.get_node_ids())
+        return sorted((n for n in self.nodes if n in there), key=lambda n: (self.nodes[n].partition, n))
+
+    def wait_for_enough(self, grid: Grid) -> list[int]:
+        """`living`, once there are `min-nodes` of them.
+
+        Raises `FederationError` if there are still too few after `wait-seconds`.
+        """
+        deadline = time.monotonic() + self.config.wait_seconds
+        said = False
+        while True:
+            nodes = self.living(grid)
+            if len(nodes) >= self.config.min_nodes:
+                return nodes
+            if time.monotonic() > deadline:
+                raise FederationError(self._too_few(len(nodes)))
+            if not said:
+                log(WARNING, "%d of min-nodes=%d clients left: waiting", len(nodes), self.config.min_nodes)
+                said = True
+            time.sleep(POLL_SECONDS)
+
+    def assign(self, images: Sequence[int], nodes: Sequence[int]) -> dict[int, int]:
+        """Which node trains each shard: the largest first, each where it would be done soonest.
+
+        images: to be trained on in each shard. A shard stays with the node it was on unless another is much faster
+        to finish; at first shard k belongs to the k-th node. Nodes of unknown speed count as fast as the others.
+        """
+        finish = dict.fromkeys(nodes, 0.0)
+        assigned: dict[int, int] = {}
+        for shard in sorted(range(len(images)), key=lambda k: (-images[k], k)):
+            home = self.home.get(shard, nodes[shard % len(nodes)])
+            done = {n: finish[n] + images[shard] / self.speed_of(n) for n in nodes}
+            node = min(nodes, key=lambda n: (done[n], nodes.index(n)))
+            if home in done and done[home] <= STAY * done[node]:
+                node = home
+            finish[node] = done[node]
+            assigned[shard] = node
+        return dict(sorted(assigned.items()))
+
+    def speed_of(self, node: int) -> float:
+        """Images a second: measured, else the mean of the others, else 1."""
+        known = self.speed.values()
+        return self.speed.get(node) or (sum(known) / len(known) if known else 1.0)
+
+    def trained(self, shard: int, node: int, images: int, seconds: float) -> None:
+        """Take in that a node has trained a shard: `images` in `seconds`."""
+        self.home[shard] = node
+        if images > 0 and seconds > 0:
+            fresh = images / seconds
+            self.speed[node] = SMOOTH * self.speed.get(node, fresh) + (1 - SMOOTH) * fresh
+
+    def seconds(self, work: Mapping[int, int], assigned: Mapping[int, int], node: int) -> float | None:
+        """How long a node should take for its shards; None if its speed was never measured.
+
+        work: images to be trained on in each shard.
+        """
+        if node not in self.speed:
+            return None
+        return sum(work[shard] for shard, n in assigned.items() if n == node) / self.speed[node]
+
+    def stand_in(self, tried: Collection[int], grid: Grid) -> int | None:
+        """The fastest living node not tried yet, or None."""
+        return max((n for n in self.alive(grid) if n not in tried), key=self.speed_of, default=None)
+
+    def sizes(self, shards: int, nodes: Sequence[int]) -> str:
+        """Relative shard sizes, as `partition.sizes` has them, with which all nodes are done at the same time."""
+        owner = [nodes[shard % len(nodes)] for shard in range(shards)]
+        return ",".join(f"{self.speed_of(node) / owner.count(node):.6g}" for node in owner)

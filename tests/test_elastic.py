@@ -1,0 +1,281 @@
+"""Shards outlive their nodes: a node that dies, falls silent or answers nonsense loses its orders to another."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Client, Federation, run_server
+from flwr.app import Context, Error, Message, MessageType
+from flwr.common.constant import ErrorCode
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clients.app
+import ret_fl.dispatch
+import ret_fl.roster
+from clients.app import app as client_app
+from ret_fl.config import RunConfig
+from ret_fl.ledger import ShardLedger
+from ret_fl.protocol import Hello, TrainOrder, TrainReport
+from ret_fl.roster import FederationError, Roster
+
+Tiny = Callable[..., RunConfig]
+Federate = Callable[..., Federation]
+
+FIRST, SECOND = 2, 3
+"""Node IDs of the inline grid: partitions 0 and 1."""
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ret_fl.dispatch, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(ret_fl.dispatch, "PULL_SECONDS", 0.01)
+    monkeypatch.setattr(ret_fl.roster, "POLL_SECONDS", 0.01)
+
+
+def states_differ(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> list[str]:
+    return [name for name in left if not np.array_equal(left[name], right[name])]
+
+
+@pytest.fixture
+def undisturbed(tiny: Tiny, federate: Federate) -> dict[str, np.ndarray]:
+    return federate(tiny({"state-dir": str(tiny().state_dir) + "-undisturbed"})).run()
+
+
+def failing(node: int, answer: Callable[[Message, Message], Message], rounds: tuple[int, ...] = (1,)) -> Client:
+    """Real clients, but what `node` replies to orders goes through `answer(request, reply)` in some rounds."""
+
+    def client(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type != MessageType.TRAIN or context.node_id != node:
+            return reply
+        return answer(message, reply) if TrainOrder.unpack(message.content)[0].round in rounds else reply
+
+    return client
+
+
+def silence(fed: Federation, node: int, *, gone: bool) -> None:
+    """Replies of a node to orders are lost from now on; `gone`: Flower no longer lists it, either."""
+    pull, push, listed = fed.grid.pull_messages, fed.grid.push_messages, fed.grid.get_node_ids
+    lost: set[str] = set()
+
+    def pushing(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        for message, message_id in zip(messages, ids, strict=True):
+            if message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == node:
+                lost.add(message_id)
+        return ids
+
+    fed.grid.push_messages = pushing  # type: ignore[method-assign]
+    fed.grid.pull_messages = lambda ids: pull([i for i in ids if i not in lost])  # type: ignore[method-assign]
+    if gone:
+        fed.grid.get_node_ids = lambda: [n for n in listed() if not lost or n != node]  # type: ignore[method-assign]
+
+
+def nan_weights(request: Message, reply: Message) -> Message:
+    report, weights = TrainReport.unpack(reply.content)
+    assert weights is not None
+    name = next(iter(weights))
+    bad = {key: array.numpy() * (np.nan if key == name else 1) for key, array in weights.items()}
+    return Message(report.pack(bad), reply_to=request)
+
+
+def unavailable(request: Message, reply: Message) -> Message:
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=request)
+
+
+def crashed(request: Message, reply: Message) -> Message:
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "OSError: disk full"), reply_to=request)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"), [(nan_weights, "not finite"), (unavailable, "Node Unavailable"), (crashed, "disk full")]
+)
+def test_what_a_node_fails_another_does_in_the_same_round(
+    tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray], answer: Callable[..., Message], why: str
+) -> None:
+    fed = federate(tiny(), failing(SECOND, answer))
+    final = fed.run()
+    assert not fed.rounds[0].failures
+    assert [(again["shard"], why in str(again["why"])) for again in fed.rounds[0].resent] == [(1, True)]
+    assert fed.rounds[0].row()["shards"]["1"]["partition"] == 0  # type: ignore[index]
+    assert not states_differ(final, undisturbed)
+
+
+def test_the_shard_of_a_node_that_dies_in_a_round_is_trained_elsewhere_in_that_round(
+    tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray]
+) -> None:
+    fed = federate(tiny())
+    silence(fed, SECOND, gone=True)
+    final = fed.run()
+    assert [summary.failures for summary in fed.rounds] == [{}, {}]
+    assert fed.rounds[0].resent == [{"shard": 1, "why": "the node is gone"}]
+    assert not fed.rounds[1].resent  # the next round does not try it again
+    assert not states_differ(final, undisturbed)
+    np.testing.assert_array_equal(np.sort(np.concatenate([fed.strategy.ledger.ids(k) for k in (0, 1)])), np.arange(24))
+
+
+def test_a_node_far_behind_its_speed_gets_a_stand_in(
+    tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ret_fl.dispatch, "LEAST_SECONDS", 0.3)
+    fed = federate(tiny())
+    fed.strategy.roster.speed = {FIRST: 1e4, SECOND: 1e4}
+    silence(fed, SECOND, gone=False)
+    final = fed.run()
+    assert [again["shard"] for again in fed.rounds[0].resent] == [1]
+    assert "measured speed" in str(fed.rounds[0].resent[0]["why"])
+    assert not states_differ(final, undisturbed)
+
+
+def test_an_order_goes_to_so_many_nodes_and_no_more(tiny: Tiny, federate: Federate) -> None:
+    tried = []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and TrainOrder.unpack(message.content)[0].shard == 0:
+            tried.append(context.node_id)
+            return unavailable(message, message)
+        return client_app(message, context)
+
+    fed = federate(tiny({"retries": 3, "num-server-rounds": 1}), client, nodes=2)
+    fed.run()
+    assert tried == [FIRST, SECOND, SECOND, SECOND]
+    assert list(fed.rounds[0].failures) == [0]
+    assert fed.rounds[0].failures[0].count("Node Unavailable") >= 1
+    assert fed.rounds[0].reports[0].shard == 1
+
+
+def test_an_error_of_the_app_is_not_asked_for_again_of_the_same_node(tiny: Tiny, federate: Federate) -> None:
+    calls = []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and TrainOrder.unpack(message.content)[0].shard == 1:
+            calls.append(context.node_id)
+            return crashed(message, message)
+        return client_app(message, context)
+
+    federate(tiny({"num-server-rounds": 1}), client, nodes=1).run()
+    assert calls == [FIRST]
+
+
+def test_a_late_first_reply_does_not_count_twice(tiny: Tiny, federate: Federate) -> None:
+    """A straggler and its stand-in both answer at once: one reply is taken."""
+    fed = federate(tiny({"num-server-rounds": 1}))
+    pull = fed.grid.pull_messages
+    doubled = lambda ids: [r for reply in pull(ids) for r in (reply, reply)]  # noqa: E731
+    fed.grid.pull_messages = doubled  # type: ignore[method-assign]
+    fed.run()
+    assert sorted(r.shard for r in fed.rounds[0].reports) == [0, 1]
+    assert fed.strategy.ledger.visits.sum() == sum(r.visits.sum() for r in fed.rounds[0].reports)
+
+
+def test_too_few_nodes_stop_the_run_with_a_way_to_go_on(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny({"min-nodes": 2, "out": "runs/mine"}))
+    note = fed._note
+
+    def dies(server_round, arrays):  # type: ignore[no-untyped-def]
+        if server_round == 1:
+            del fed.grid.contexts[SECOND]
+        return note(server_round, arrays)
+
+    fed._note = dies  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises(FederationError, match=r"round 2: 1 of min-nodes=2.*--resume runs/mine"):
+        fed.run()
+    assert time.monotonic() - began < 30
+    assert len(fed.rounds) == 1
+
+
+def test_a_node_that_comes_back_is_used_again(
+    tiny: Tiny, federate: Federate, flower_log: pytest.LogCaptureFixture
+) -> None:
+    fed = federate(tiny({"num-server-rounds": 3}))
+    note, away = fed._note, {}
+
+    def comes_and_goes(server_round, arrays):  # type: ignore[no-untyped-def]
+        if server_round == 1:
+            away[SECOND] = fed.grid.contexts.pop(SECOND)
+        if server_round == 2:
+            fed.grid.contexts.update(away)
+        return note(server_round, arrays)
+
+    fed._note = comes_and_goes  # type: ignore[method-assign]
+    with flower_log.at_level(logging.WARNING):
+        fed.run()
+    used = [set(summary.partitions.values()) for summary in fed.rounds]
+    assert used[:2] == [{0, 1}, {0}]
+    assert not any(summary.failures for summary in fed.rounds)
+    # its moments lie in a shared folder here, so nothing holds it back once it would be done much sooner
+    assert used[2] == {0, 1}
+
+
+# --- who trains what --------------------------------------------------------------------------------------------
+
+
+def roster(speed: dict[int, float], home: dict[int, int] | None = None) -> Roster:
+    nodes = {node: Hello(i, "cpu", "f", 1, 0.0) for i, node in enumerate(speed)}
+    return Roster(RunConfig(), "f", nodes=nodes, speed=dict(speed), home=dict(home or {}))
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=12),
+    st.lists(st.floats(0.5, 500), min_size=1, max_size=5),
+)
+def test_every_shard_has_a_living_node_and_none_is_much_later_than_it_must(
+    images: list[int], speeds: list[float]
+) -> None:
+    nodes = list(range(10, 10 + len(speeds)))
+    found = roster(dict(zip(nodes, speeds, strict=True)))
+    assigned = found.assign(images, nodes)
+    assert sorted(assigned) == list(range(len(images)))
+    assert set(assigned.values()) <= set(nodes)
+    finish = {n: sum(images[k] for k, m in assigned.items() if m == n) / found.speed[n] for n in nodes}
+    # no schedule ends before the work is spread evenly, or before the largest shard is done on the fastest node
+    least = max(sum(images) / sum(speeds), max(images) / max(speeds))
+    assert max(finish.values()) <= 2 * ret_fl.roster.STAY * least * 1.0001
+
+
+def test_a_slow_node_gets_the_small_shard() -> None:
+    assert roster({1: 10.0, 2: 100.0}).assign([300, 20], [1, 2]) == {0: 2, 1: 1}
+
+
+def test_shards_stay_where_their_moments_are_unless_it_costs_too_much() -> None:
+    assert roster({1: 100.0, 2: 110.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
+    assert roster({1: 100.0, 2: 1.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 1, 1: 1}
+
+
+def test_a_node_gone_loses_its_shards_to_the_others() -> None:
+    assigned = roster({1: 1.0, 2: 1.0, 3: 1.0}, {0: 1, 1: 2, 2: 3}).assign([9, 9, 9], [1, 3])
+    assert (assigned[0], assigned[2]) == (1, 3)
+    assert assigned[1] in (1, 3)
+
+
+def test_sizes_in_proportion_to_speed_end_together() -> None:
+    weights = [float(w) for w in roster({1: 30.0, 2: 10.0}).sizes(3, [1, 2]).split(",")]
+    assert weights == pytest.approx([15, 10, 15])
+
+
+def test_shards_are_dealt_by_the_speed_that_nodes_measure(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter([300.0, 100.0])
+    monkeypatch.setattr(clients.app, "images_per_second", lambda *_: next(speeds))
+    run = run_server(tiny({"partition.sizes": "speed", "num-server-rounds": 1}), tmp_path / "run")
+    assert ShardLedger.load(run.ledger).sizes().tolist() == [18, 6]
+
+
+def test_a_node_measures_its_speed_only_when_asked(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny())
+    fed.strategy.roster.greet(fed.grid)
+    assert not fed.strategy.roster.speed
+    asked = federate(tiny())
+    asked.strategy.roster.config = tiny({"partition.sizes": "speed"})
+    asked.strategy.roster.greet(asked.grid)
+    assert all(speed > 0 for speed in asked.strategy.roster.speed.values())
+    assert len(asked.strategy.roster.speed) == 2
