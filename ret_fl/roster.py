@@ -18,7 +18,8 @@ POLL_SECONDS = 1.0
 HELLO_SECONDS = 60.0
 """How long a node that comes while others train may take to introduce itself."""
 STAY = 1.5
-"""A shard stays with its node, where its moments lie, unless another would be done this many times sooner."""
+STAY_SECONDS = 30.0
+"""A shard stays with its node, where its moments lie, unless another would be done so many times and seconds sooner."""
 SMOOTH = 0.5
 """How much of its old speed a node keeps at each new measurement."""
 
@@ -141,7 +142,7 @@ class Roster:
             home = self.home.get(shard, nodes[shard % len(nodes)])
             done = {n: finish[n] + images[shard] / self.speed_of(n) for n in nodes}
             node = min(nodes, key=lambda n: (done[n], nodes.index(n)))
-            if home in done and done[home] <= STAY * done[node]:
+            if home in done and done[home] <= max(STAY * done[node], done[node] + STAY_SECONDS):
                 node = home
             finish[node] = done[node]
             assigned[shard] = node
