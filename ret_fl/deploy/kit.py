@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -53,7 +54,8 @@ def write_kit(federation: Federation, out: Path) -> Kit:
     _render("ret-fl-superlink.service", kit.superlink / "ret-fl-superlink.service", federation)
     _render("compose-superlink.yaml", kit.superlink / "compose.yaml", federation)
     for host in federation.hosts:
-        folder, about = kit.host(host), {"host": host, "nodes": federation.on(host)}
+        folder = kit.host(host)
+        about: dict[str, Any] = {"host": host, "nodes": federation.on(host)}
         _render("start-supernode", folder / "start", federation, executable=True, **about)
         _render("ret-fl-supernode.service", folder / "ret-fl-supernode@.service", federation, **about)
         _render("compose-supernodes.yaml", folder / "compose.yaml", federation, **about)
@@ -78,7 +80,7 @@ def _write_secrets(federation: Federation, kit: Kit) -> None:
         (public_keys / f"{node.name}.pub").write_bytes(public)
 
 
-def _render(template: str, path: Path, federation: Federation, *, executable: bool = False, **about: object) -> None:
+def _render(template: str, path: Path, federation: Federation, *, executable: bool = False, **about: Any) -> None:
     heartbeat = {"heartbeat": HEARTBEAT_DEFAULT_INTERVAL, "patience": HEARTBEAT_PATIENCE}
     text = _TEMPLATES.get_template(f"{template}.j2").render(
         federation=federation, window=REACTIVATION_SECONDS, **heartbeat, **about
