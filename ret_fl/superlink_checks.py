@@ -138,8 +138,9 @@ def _refused(host: str, port: int, trust: ssl.SSLContext, error: ssl.SSLCertVeri
 
 def check_flower(host: str, port: int, trust: ssl.SSLContext | None) -> list[Finding]:
     """That a SuperLink answers on the port, and how far this clock is from its clock (by the answer's Date)."""
-    connection = HTTPSConnection(host, port, timeout=TIMEOUT, context=trust) if trust else None
-    connection = connection or HTTPConnection(host, port, timeout=TIMEOUT)
+    connection = HTTPConnection(host, port, timeout=TIMEOUT)
+    if trust:
+        connection = HTTPSConnection(host, port, timeout=TIMEOUT, context=trust)
     try:
         sent = time.time()
         connection.request("GET", "/health")

@@ -336,9 +336,11 @@ def test_on_kubernetes_each_supernode_asks_for_one_gpu_and_mounts_its_own_secret
         (container,) = pods[name]["containers"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
         assert {"name": "SUPERLINK", "value": "superlink:8000"} in container["env"]
-        mounted = {volume["name"]: volume for volume in pods[name]["volumes"]}
-        assert mounted["kit"]["secret"]["secretName"] == name
-        assert {mount["name"] for mount in container["volumeMounts"]} == set(mounted)
+        volumes = {volume["name"]: volume for volume in pods[name]["volumes"]}
+        assert volumes["kit"]["secret"]["secretName"] == name
+    for pod in pods.values():
+        assert pod["containers"][0]["volumeMounts"][-1]["mountPath"] == "/srv/ret-fl/data"
+        assert {m["name"] for m in pod["containers"][0]["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")

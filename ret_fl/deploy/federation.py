@@ -33,6 +33,7 @@ host = "superlink.example.org"    # name or address that SuperNodes and `flwr` c
 also = ["10.0.0.5"]               # further names and addresses for its certificate
 bind = "0.0.0.0"                  # where it listens
 port = 8000
+data-path = "/srv/ret-fl/data"    # for containers: what is mounted there; runs need it as data.path in any case
 
 [[hosts]]
 name = "alpha"
@@ -87,6 +88,7 @@ class SuperLink(_Table):
     also: tuple[Address, ...] = ()
     bind: Address = "0.0.0.0"
     port: int = Field(8000, ge=1, le=65535)
+    data_path: HostPath | None = None
 
     @property
     def address(self) -> str:
