@@ -18,6 +18,7 @@ from ret_fl.cli_options import (
     ThreadsOption,
     VerboseOption,
     check_data,
+    plural,
     run_settings,
     stop,
     wide_console,
@@ -106,14 +107,10 @@ def _drive(
     from ret_fl.engines import ENGINES
     from ret_fl.progress import RunProgress
 
-    shards, rounds = _plural(config.shards, "shard"), _plural(config.num_server_rounds, "round")
+    shards, rounds = plural(config.shards, "shard"), plural(config.num_server_rounds, "round")
     typer.echo(f"{directory.path}: {shards}, {rounds}, engine {engine}")
     with RunProgress(directory, config.num_server_rounds, quiet=verbose):
         ENGINES[engine](app_path, directory, config, nodes, resuming, verbose)
-
-
-def _plural(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 @app.command()

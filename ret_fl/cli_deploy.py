@@ -18,6 +18,7 @@ from ret_fl.cli_options import (
     SetOption,
     VerboseOption,
     check_data,
+    plural,
     run_settings,
     stop,
 )
@@ -128,7 +129,8 @@ def _train(app_path: Path, settings: dict[str, Scalar], out: Path | None, *, tls
         local_federation(folder, config.shards, directory.path / "flower.log", tls=tls) as running,
     ):
         typer.echo(_describe(running))
-        typer.echo(f"{directory.path}: {config.shards} shards, {config.num_server_rounds} rounds")
+        rounds = plural(config.num_server_rounds, "round")
+        typer.echo(f"{directory.path}: {plural(config.shards, 'shard')}, {rounds}")
         with RunProgress(directory, config.num_server_rounds, quiet=verbose):
             submit(app_path, directory, config, running.environment, verbose=verbose)
     typer.secho(f"\nAll processes ended. Results: {directory.path}", fg=typer.colors.GREEN, bold=True)

@@ -40,6 +40,11 @@ def stop(message: object, code: int = 1) -> typer.Exit:
     return typer.Exit(code)
 
 
+def plural(count: int, thing: str) -> str:
+    """'1 shard', '2 shards'."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def wide_console() -> Console:
     """A console for tables: in a file or a pipe there is no width to fit, unless COLUMNS names one."""
     from rich.console import Console
