@@ -7,11 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit
-from ret_fl.cli_options import INTERRUPTED, DeviceOption, ThreadsOption, stop, wide_console
+from ret_fl import cli_audit, cli_deploy, cli_doctor
+from ret_fl.cli_options import (
+    INTERRUPTED,
+    AppOption,
+    DeviceOption,
+    OutOption,
+    PresetOption,
+    SetOption,
+    ThreadsOption,
+    VerboseOption,
+    check_data,
+    plural,
+    run_settings,
+    stop,
+    wide_console,
+)
 
 if TYPE_CHECKING:
-    from ret_fl.config import RunConfig, Scalar
+    from ret_fl.config import RunConfig
     from ret_fl.rundir import RunDir
 
 app = typer.Typer(
@@ -22,32 +36,12 @@ app = typer.Typer(
     epilog="Start with: ret-fl run --preset simulations/presets/digits.toml",
 )
 
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, as in --set agc.mem-ratio=2. Repeatable."),
-]
-PresetOption = Annotated[
-    Path | None, typer.Option("--preset", metavar="FILE.toml", help="Settings to start from; --set goes on top.")
-]
-
-
-"""Exit code after Ctrl-C, as shells have it."""
-
-
-def _settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
-    from ret_fl.settings import parse_change, read_preset
-
-    flat = read_preset(preset) if preset else {}
-    return flat | dict(parse_change(text) for text in changes or [])
-
 
 @app.command()
 def run(
     preset: PresetOption = None,
     changes: SetOption = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results. [default: runs/<time>-<name>]", show_default=False)
-    ] = None,
+    out: OutOption = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Go on with an interrupted run.")] = None,
     engine: Annotated[
         str, typer.Option(help="'flwr': Flower's simulation, clients in parallel; 'inline': all in this process.")
@@ -55,10 +49,8 @@ def run(
     nodes: Annotated[
         int, typer.Option(min=0, help="Clients to simulate; 0: one a shard. With fewer, shards take turns.")
     ] = 0,
-    app_folder: Annotated[
-        Path, typer.Option("--app", help="The Flower app: this repository or an edited copy.")
-    ] = Path(),
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's log instead of progress.")] = False,
+    app_folder: AppOption = Path(),
+    verbose: VerboseOption = False,
 ) -> None:
     """Train: K shards, K proxies, one averaged model, and pictures and numbers of what came out.
 
@@ -98,38 +90,15 @@ def run(
 def _begun(preset: Path | None, changes: list[str] | None, out: Path | None) -> tuple[RunDir, RunConfig]:
     from ret_fl.settings import new_run
 
-    settings = _run_settings(preset, changes)
-    _check_data(settings)
+    settings = run_settings(preset, changes)
+    check_data(settings)
     return new_run(settings, out)
-
-
-def _check_data(settings: dict[str, Scalar]) -> None:
-    """Say what the data is, or what is wrong with it, before any folder is made and any engine started."""
-    from ret_fl.config import RunConfig
-    from ret_fl.data.sources import deal, load_splits
-    from ret_fl.devices import resolve_device
-
-    config = RunConfig.from_flat(settings)
-    resolve_device(config.device)
-    data = load_splits(config.data)
-    deal(config, data)
-    typer.echo(data.describe())
-    load_splits.cache_clear()  # training has the memory to itself
 
 
 def _resumed(resume: Path, preset: Path | None, changes: list[str] | None) -> tuple[RunDir, RunConfig]:
     from ret_fl.settings import change_run
 
-    return change_run(resume, _run_settings(preset, changes))
-
-
-def _run_settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
-    """Settings, with the policy checked before any folder is made or changed (the config alone cannot)."""
-    from ret_fl.redistribution import parse_policy
-
-    settings = _settings(preset, changes)
-    parse_policy(str(settings.get("redistribution.policy", "none")))
-    return settings
+    return change_run(resume, run_settings(preset, changes))
 
 
 def _drive(
@@ -138,14 +107,10 @@ def _drive(
     from ret_fl.engines import ENGINES
     from ret_fl.progress import RunProgress
 
-    shards, rounds = _plural(config.shards, "shard"), _plural(config.num_server_rounds, "round")
+    shards, rounds = plural(config.shards, "shard"), plural(config.num_server_rounds, "round")
     typer.echo(f"{directory.path}: {shards}, {rounds}, engine {engine}")
     with RunProgress(directory, config.num_server_rounds, quiet=verbose):
         ENGINES[engine](app_path, directory, config, nodes, resuming, verbose)
-
-
-def _plural(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 @app.command()
@@ -159,9 +124,10 @@ def config(
 ) -> None:
     """Every setting, or those of one SECTION: value, what is allowed, what it means."""
     from ret_fl.config import ConfigError, RunConfig, describe
+    from ret_fl.settings import from_options
 
     try:
-        chosen = RunConfig.from_flat(_settings(preset, changes))
+        chosen = RunConfig.from_flat(from_options(preset, changes))
     except ConfigError as error:
         raise stop(error) from None
     if toml:
@@ -276,3 +242,5 @@ def study(context: typer.Context) -> None:
 
 app.command()(cli_audit.audit)
 app.command()(cli_audit.report)
+app.command()(cli_doctor.doctor)
+app.add_typer(cli_deploy.app, name="deploy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,12 +12,26 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ret_fl.config import Scalar
+
 INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, help="CPU threads. [default: OMP_NUM_THREADS, else 1]", show_default=False)
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, as in --set agc.mem-ratio=2. Repeatable."),
+]
+PresetOption = Annotated[
+    Path | None, typer.Option("--preset", metavar="FILE.toml", help="Settings to start from; --set goes on top.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Folder of the results. [default: runs/<time>-<name>]", show_default=False)
+]
+AppOption = Annotated[Path, typer.Option("--app", help="The Flower app: this repository or an edited copy.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Flower's log instead of progress.")]
 
 
 def stop(message: object, code: int = 1) -> typer.Exit:
@@ -25,8 +40,37 @@ def stop(message: object, code: int = 1) -> typer.Exit:
     return typer.Exit(code)
 
 
+def plural(count: int, thing: str) -> str:
+    """'1 shard', '2 shards'."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def wide_console() -> Console:
     """A console for tables: in a file or a pipe there is no width to fit, unless COLUMNS names one."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+
+
+def run_settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
+    """Settings, with the policy checked before any folder is made or changed (the config alone cannot)."""
+    from ret_fl.redistribution import parse_policy
+    from ret_fl.settings import from_options
+
+    settings = from_options(preset, changes)
+    parse_policy(str(settings.get("redistribution.policy", "none")))
+    return settings
+
+
+def check_data(settings: dict[str, Scalar]) -> None:
+    """Say what the data is, or what is wrong with it, before any folder is made and any engine started."""
+    from ret_fl.config import RunConfig
+    from ret_fl.data.sources import deal, load_splits
+    from ret_fl.devices import resolve_device
+
+    config = RunConfig.from_flat(settings)
+    resolve_device(config.device)
+    data = load_splits(config.data)
+    deal(config, data)
+    typer.echo(data.describe())
+    load_splits.cache_clear()  # training has the memory to itself

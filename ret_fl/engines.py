@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run_inline(app: Path, directory: RunDir, config: RunConfig, nodes: int, resu
     A process of its own, so that the code that runs is the app folder's, as under Flower, not the installed one.
     """
     log_file = directory.path / "flower.log"
-    with tempfile.TemporaryDirectory(prefix="ret-fl-") as folder, log_file.open("a") as log, _ending_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix="ret-fl-") as folder, log_file.open("a") as log, ending_on_sigterm():
         settings = Path(folder) / "run.toml"
         settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "simulations.inline", str(settings), str(nodes)]
@@ -74,7 +75,7 @@ def app_environment(app: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def ending_on_sigterm() -> Iterator[None]:
     """SIGTERM (a batch system, `timeout`) would end Python without cleaning up; here it ends what was started, too."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -84,16 +85,32 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:
-    """`flwr run` on a local SuperLink of its own, ended with the run. Raises `RunFailedError`.
+    """`flwr run` on a local SuperLink of its own, ended with the run. Raises `RunFailedError`."""
+    log_file = directory.path / "flower.log"
+    with isolated_superlink(log_file) as environment:
+        federation = ["--federation-config", _federation(config, nodes)]
+        submit(app, directory, config, environment, resuming=resuming, verbose=verbose, options=federation)
+
+
+def submit(
+    app: Path,
+    directory: RunDir,
+    config: RunConfig,
+    environment: Mapping[str, str],
+    *,
+    resuming: bool = False,
+    verbose: bool = False,
+    options: Sequence[str] = (),
+) -> None:
+    """`flwr run` on the SuperLink that is the default in `environment`'s FLWR_HOME. Raises `RunFailedError`.
 
     `flwr run` exits with 0 even when the run failed, so the truth is asked of the SuperLink afterwards.
     """
     log_file = directory.path / "flower.log"
-    with isolated_superlink(log_file) as environment, log_file.open("a") as log:
+    with log_file.open("a") as log:
         settings = Path(environment["FLWR_HOME"]) / "run.toml"
         settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
-        command = ["flwr", "run", str(app), "--stream", "--run-config", str(settings)]
-        command += ["--federation-config", _federation(config, nodes)]
+        command = ["flwr", "run", str(app), "--stream", "--run-config", str(settings), *options]
         code = subprocess.run(
             command, env=environment, stdout=None if verbose else log, stderr=subprocess.STDOUT, check=False
         ).returncode
@@ -102,21 +119,23 @@ def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resumi
         raise RunFailedError(f"the run ended as {status}. {details}\n{_last_error(log_file)}\nLog: {log_file}")
 
 
-def _environment(home: str) -> dict[str, str]:
-    """Isolates this run's SuperLink from any other, and keeps Flower from reinstalling torch for every run."""
+def flower_environment(home: Path) -> dict[str, str]:
+    """Where `flwr` and what it starts are found, keep their state (`home`), and neither report nor install anything."""
     bin_folder = str(Path(sys.executable).parent)
-    isolated = {
-        "FLWR_HOME": home,
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "PATH": bin_folder + os.pathsep + os.environ.get("PATH", ""),
-    }
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    return quiet | dict(os.environ) | isolated
+    return (
+        quiet
+        | dict(os.environ)
+        | {
+            "FLWR_HOME": str(home),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "PATH": bin_folder + os.pathsep + os.environ.get("PATH", ""),
+        }
+    )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of loopback that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -130,62 +149,73 @@ def isolated_superlink(log_file: Path) -> Iterator[dict[str, str]]:
     started it first.
     """
     with tempfile.TemporaryDirectory(prefix="ret-fl-", ignore_cleanup_errors=True) as home, log_file.open("a") as log:
-        environment = _environment(home)
-        port = environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
-        control = f"127.0.0.1:{environment['FLWR_LOCAL_CONTROL_API_PORT']}"
+        port, control_port = str(free_port()), str(free_port())
+        environment = flower_environment(Path(home)) | {
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
+            "FLWR_LOCAL_CONTROL_API_PORT": control_port,
+        }
+        control = f"127.0.0.1:{control_port}"
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
         command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
         command += ["--database", str(Path(home) / "state.db")]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        with _ending_on_sigterm():
+        with ending_on_sigterm():
             try:
-                _wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
+                wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
                 yield environment
             finally:
-                _end(process)
+                end_with_children([process])
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path, ca: Path | None = None) -> None:
+    """Wait until the SuperLink answers at `url`, whose certificate `ca` signed. Raises `RunFailedError`."""
+    trust = ssl.create_default_context(cafile=ca) if ca else None
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RunFailedError(f"Flower's SuperLink ended at once (exit code {process.returncode}). Log: {log_file}")
         try:
-            with urllib.request.urlopen(url, timeout=1):
+            with urllib.request.urlopen(url, timeout=1, context=trust):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RunFailedError(f"Flower's SuperLink did not come up within {START_SECONDS} s. Log: {log_file}")
 
 
-def _end(superlink: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink with all it started: a simulation left behind would go on writing into the run's folder."""
-    with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(superlink.pid).children(recursive=True)
-        family.append(psutil.Process(superlink.pid))
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(family, timeout=10)[1]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-    superlink.wait()
+def end_with_children(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes with all they started: a simulation left behind would go on writing into the run's folder."""
+    family: list[psutil.Process] = []
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            family += [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    for member in psutil.wait_procs(family, timeout=10)[1]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    for process in started:
+        process.wait()
+
+
+def cpus_each(nodes: int) -> int:
+    """How many of the CPU cores this process may use each of `nodes` clients gets: one at least."""
+    usable = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
+    return max(1, (len(usable) if usable else os.cpu_count() or 1) // nodes)
 
 
 def _federation(config: RunConfig, nodes: int) -> str:
     """Flower's federation config: how many clients, and which share of the machine each gets."""
     import torch
 
-    usable = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else None
-    cpus = max(1, (len(usable) if usable else os.cpu_count() or 1) // nodes)
     gpus = 0.0
     if torch.cuda.is_available() and config.device != "cpu":
         # rounded down, so that all clients fit: six on one GPU get .1666 each
         gpus = math.floor(1e4 / math.ceil(nodes / torch.cuda.device_count())) / 1e4
-    return f"num-supernodes={nodes} client-resources-num-cpus={cpus} client-resources-num-gpus={gpus:.4f}"
+    return f"num-supernodes={nodes} client-resources-num-cpus={cpus_each(nodes)} client-resources-num-gpus={gpus:.4f}"
 
 
-def _outcome(environment: dict[str, str]) -> tuple[str, str]:
+def _outcome(environment: Mapping[str, str]) -> tuple[str, str]:
     """Status and details of the (only) run on the SuperLink."""
     command = ["flwr", "list", "--format", "json"]
     listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ def read_preset(path: Path) -> dict[str, Scalar]:
         raise ConfigError(f"--preset: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--preset {path}: {error}") from None
+
+
+def from_options(preset: Path | None, changes: Sequence[str] | None) -> dict[str, Scalar]:
+    """What --preset and --set say, the latter on top. Raises `ConfigError`."""
+    return (read_preset(preset) if preset else {}) | dict(parse_change(text) for text in changes or [])
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:

@@ -48,7 +48,18 @@ def run_dir(finished: tuple[Path, Result]) -> Path:
 # --- help and settings ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["sample", "--help"], ["config"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["sample", "--help"],
+        ["config"],
+        ["doctor", "--help"],
+        ["deploy", "local", "--help"],
+        ["deploy", "example"],
+    ],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom ret_fl.cli import app\n"

@@ -1,0 +1,234 @@
+"""Would a run work on this machine? Packages, device, memory, data, disk: one finding each, with what to do.
+
+Figures of memory and disk are estimates from the model's size; what they leave out is said where they are made.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+import torch
+from diffusers import UNet2DModel
+from packaging.requirements import Requirement
+
+from ret_fl.config import ConfigError, RunConfig
+from ret_fl.data.sources import DataSplits, deal, load_splits
+from ret_fl.devices import resolve_device
+from ret_fl.diffusion.models import build_unet, fold_factor
+from ret_fl.files import user_cache
+
+FLOAT = 4
+"""Bytes of a weight; weights, moments and gradients are float32 under every `precision`."""
+GIB = 2**30
+
+
+class Verdict(StrEnum):
+    """ok: nothing to do; warning: it may run, worse or not for long; failure: it will not run."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, and what to do about it (empty if all is well)."""
+
+    check: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+    @classmethod
+    def ok(cls, check: str, found: str) -> Finding:
+        return cls(check, Verdict.OK, found)
+
+    @classmethod
+    def warning(cls, check: str, found: str, advice: str) -> Finding:
+        return cls(check, Verdict.WARNING, found, advice)
+
+    @classmethod
+    def failure(cls, check: str, found: object, advice: str) -> Finding:
+        return cls(check, Verdict.FAILURE, str(found), advice)
+
+
+def examine_machine(config: RunConfig, fingerprint: str = "") -> list[Finding]:
+    """Every check that needs no SuperLink, in the order in which things are needed.
+
+    Args:
+        fingerprint: the data fingerprint, or its first digits, that this machine's data must have; empty: any.
+    """
+    findings = [check_python(), check_packages(), check_device(config)]
+    data_finding, data = check_data(config, fingerprint)
+    findings.append(data_finding)
+    if data is None:
+        return findings
+    try:
+        unet = build_unet(config.model, data.train.image_shape, data.train.num_classes, config.seed)
+    except ConfigError as error:
+        return [*findings, Finding.failure("model", error, "change the setting it names")]
+    parameters = sum(p.numel() for p in unet.parameters())
+    findings.append(Finding.ok("model", f"{config.model.preset}, {parameters:,} parameters"))
+    findings.append(check_client_memory(config, client_memory(config, unet, data)))
+    findings.append(check_server_memory(3 * config.shards * 2 * parameters * FLOAT))
+    findings.append(check_disk("disk, results", Path(config.out or "runs"), checkpoint_bytes(config, parameters)))
+    state = Path(config.state_dir) if config.state_dir else user_cache("proxies")
+    findings.append(check_disk("disk, client state", state, client_state_bytes(config, parameters)))
+    return findings
+
+
+def check_python() -> Finding:
+    """The interpreter against what the package asks for."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+        return Finding.ok("python", version)
+    return Finding.failure("python", version, "install Python 3.11 or 3.12, then: make setup PYTHON=python3.12")
+
+
+def check_packages(package: str = "ret-fl") -> Finding:
+    """Installed versions against the requirements of `package`."""
+    try:
+        required = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return Finding.failure("packages", f"{package} is not installed", "in the repository: make setup")
+    problems = []
+    for requirement in required:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} is {version}, not {requirement.specifier}")
+    if problems:
+        return Finding.failure(
+            "packages", "; ".join(problems), "in the repository: make setup (it installs the right ones)"
+        )
+    named = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("flwr", "torch", "diffusers"))
+    return Finding.ok("packages", named)
+
+
+def check_device(config: RunConfig) -> Finding:
+    """The device the run asks for."""
+    try:
+        device = resolve_device(config.device)
+    except ConfigError as error:
+        return Finding.failure("device", error, "set device=auto, or make the device available to this process")
+    if device.type == "cuda":
+        return Finding.ok("device", f"{device}: {torch.cuda.get_device_name(device)}")
+    return Finding.ok("device", f"{device}, {psutil.cpu_count(logical=False) or psutil.cpu_count()} cores")
+
+
+def check_data(config: RunConfig, fingerprint: str = "") -> tuple[Finding, DataSplits | None]:
+    """Load the data as a client does, and compare its fingerprint with the expected one."""
+    try:
+        data = load_splits(config.data)
+        deal(config, data)
+    except (ConfigError, OSError) as error:
+        return Finding.failure(
+            "data", error, "check data.source and data.path, and that this account may read it"
+        ), None
+    found = f"{data.describe()}; fingerprint {data.train.fingerprint}"
+    if fingerprint and not data.train.fingerprint.startswith(fingerprint.lower()):
+        advice = (
+            "copy the very same files here and use the same data.* settings: clients with other data are sent no orders"
+        )
+        return Finding.failure("data", f"{found}, expected {fingerprint}", advice), data
+    if data.unreadable:
+        return Finding.warning("data", found, f"replace or remove: {', '.join(data.unreadable[:5])}"), data
+    return Finding.ok("data", found), data
+
+
+def client_memory(config: RunConfig, unet: UNet2DModel, data: DataSplits) -> int:
+    """Bytes a client takes on its device: weights, EMA, gradients, two Adam moments, and what backward needs.
+
+    The last is measured on one image in float32 and multiplied by the batch, halved under bf16. Left out: the
+    allocator's slack, workspaces of kernels, the framework itself (about 0.5 GB), and the images.
+    """
+    parameters = sum(p.numel() for p in unet.parameters())
+    channels, side, _ = data.train.image_shape
+    fold = fold_factor(config.model, data.train.image_shape)
+    image = torch.zeros(1, channels * fold**2, side // fold, side // fold)
+    labels = torch.zeros(1, dtype=torch.long) if config.model.class_conditional else None
+    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # the graph must live as long as its tensors are counted, or addresses are used again
+        output = unet(image, torch.zeros(1, dtype=torch.long), class_labels=labels).sample
+    activations = sum(kept.values()) * config.batch_size
+    del output
+    device = resolve_device("auto") if config.device == "auto" else torch.device(config.device)
+    halved = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return 5 * parameters * FLOAT + activations // (2 if halved else 1)
+
+
+def check_client_memory(config: RunConfig, needed: int) -> Finding:
+    """Free memory of the device against the estimate of what one client takes on it."""
+    try:
+        device = resolve_device(config.device)
+    except ConfigError as error:
+        return Finding.failure("memory, client", error, "see device")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    found = f"about {_size(needed)} for one client at batch-size={config.batch_size}, {_size(free)} free on {device}"
+    if needed > free:
+        advice = "lower batch-size, choose a smaller model.preset or data.image-size, or free memory on the device"
+        return Finding.failure("memory, client", found, advice)
+    if needed > 0.8 * free:
+        return Finding.warning("memory, client", found, "the estimate may be low: lower batch-size if memory runs out")
+    return Finding.ok("memory, client", found)
+
+
+def check_server_memory(needed: int) -> Finding:
+    """Memory of the machine against what the server takes for all shards' replies: three times raw and EMA weights."""
+    free = psutil.virtual_memory().available
+    found = f"about {_size(needed)} for the replies of all shards, {_size(free)} free"
+    if needed > free:
+        advice = "matters where the SuperLink runs: use a machine with more memory, or fewer shards"
+        return Finding.warning("memory, server", found, advice)
+    return Finding.ok("memory, server", found)
+
+
+def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
+    """Bytes of the checkpoints a run keeps, one more while it is written, and the final model."""
+    return (config.keep_checkpoints + 1) * 2 * parameters * FLOAT + parameters * FLOAT
+
+
+def client_state_bytes(config: RunConfig, parameters: int) -> int:
+    """Bytes of what a client keeps for one shard: moments, and unaveraged weights, of the last rounds."""
+    arrays = (2 if config.optimizer.carry_moments else 0) + (2 if config.aggregate_every > 1 else 0)
+    return (config.keep_checkpoints + 1) * arrays * parameters * FLOAT
+
+
+def check_disk(check: str, folder: Path, needed: int) -> Finding:
+    """Free disk where `folder` is, or will be made, against `needed` bytes."""
+    there = folder.expanduser().absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    found = f"about {_size(needed)} needed in {folder}, {_size(free)} free"
+    if needed > free:
+        return Finding.failure(
+            check, found, "free disk, lower keep-checkpoints, or choose another folder (out, state-dir)"
+        )
+    if 3 * needed > free:
+        return Finding.warning(check, found, "pictures, logs and other runs need room, too: free some disk")
+    return Finding.ok(check, found)
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB"
