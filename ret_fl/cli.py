@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit
-from ret_fl.cli_options import INTERRUPTED, DeviceOption, ThreadsOption, stop, wide_console
+from ret_fl import cli_audit, cli_serve
+from ret_fl.cli_options import (
+    INTERRUPTED,
+    DeviceOption,
+    PresetOption,
+    SetOption,
+    ThreadsOption,
+    read_settings,
+    stop,
+    wide_console,
+)
 
 if TYPE_CHECKING:
     from ret_fl.config import RunConfig, Scalar
@@ -21,24 +30,6 @@ app = typer.Typer(
     help="Train image diffusion models that do not copy their training data (Redistribute Ensemble Training).",
     epilog="Start with: ret-fl run --preset simulations/presets/digits.toml",
 )
-
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, as in --set agc.mem-ratio=2. Repeatable."),
-]
-PresetOption = Annotated[
-    Path | None, typer.Option("--preset", metavar="FILE.toml", help="Settings to start from; --set goes on top.")
-]
-
-
-"""Exit code after Ctrl-C, as shells have it."""
-
-
-def _settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
-    from ret_fl.settings import parse_change, read_preset
-
-    flat = read_preset(preset) if preset else {}
-    return flat | dict(parse_change(text) for text in changes or [])
 
 
 @app.command()
@@ -127,7 +118,7 @@ def _run_settings(preset: Path | None, changes: list[str] | None) -> dict[str, S
     """Settings, with the policy checked before any folder is made or changed (the config alone cannot)."""
     from ret_fl.redistribution import parse_policy
 
-    settings = _settings(preset, changes)
+    settings = read_settings(preset, changes)
     parse_policy(str(settings.get("redistribution.policy", "none")))
     return settings
 
@@ -161,7 +152,7 @@ def config(
     from ret_fl.config import ConfigError, RunConfig, describe
 
     try:
-        chosen = RunConfig.from_flat(_settings(preset, changes))
+        chosen = RunConfig.from_flat(read_settings(preset, changes))
     except ConfigError as error:
         raise stop(error) from None
     if toml:
@@ -276,3 +267,4 @@ def study(context: typer.Context) -> None:
 
 app.command()(cli_audit.audit)
 app.command()(cli_audit.report)
+app.command()(cli_serve.serve_samples)

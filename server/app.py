@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from logging import INFO, WARNING
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Context
@@ -20,6 +21,8 @@ from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.rundir import RunDir
+from ret_fl.samples.grants import Signer
+from ret_fl.samples.records import Description, hash_samples
 from ret_fl.strategy import RedistributeEnsemble
 
 app = ServerApp()
@@ -81,6 +84,7 @@ def fresh_strategy(config: RunConfig, data: DataSplits) -> tuple[RedistributeEns
         fingerprint=train.fingerprint,
         content=train.content_hashes,
         run_key=uuid.uuid4().hex,
+        signer=_signer(config, data),
     )
     return strategy, weights
 
@@ -100,8 +104,17 @@ def _resumed(config: RunConfig, data: DataSplits, checkpoint: Checkpoint) -> tup
         run_key=checkpoint.run_key,
         first_round=checkpoint.round,
         banks=checkpoint.shards,
+        signer=_signer(config, data),
     )
     return strategy, checkpoint.weights
+
+
+def _signer(config: RunConfig, data: DataSplits) -> Signer | None:
+    """Signs orders for a sample service where the run has a key; a grant holds as long as its order."""
+    key = config.service.signing_key
+    if not key:
+        return None
+    return Signer(Path(key), config.round_timeout, hash_samples(data.train, Description.of(data.train, data.kind)))
 
 
 def _warn_of_duplicates(config: RunConfig, data: DataSplits) -> None:
