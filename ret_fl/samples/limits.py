@@ -7,6 +7,8 @@ BATCH_BYTES = 4 << 20
 """A batch of the stream ends at so many samples or bytes, whichever comes first; a single sample may exceed it."""
 MAX_RECORD = 16 << 20
 """No image may take more bytes than this."""
+MAX_CLASSES = 100_000
+"""A client makes a model with as many class embeddings as it is told there are classes."""
 MESSAGE_BYTES = MAX_RECORD + (64 << 10)
 """No message of the service is larger: gRPC refuses one that says it is before it makes room for it."""
 IDENTITY_ONLY = ("grpc.compression_enabled_algorithms_bitset", 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ret_fl.data.images import Kind
 from ret_fl.data.store import SampleStore
-from ret_fl.samples.limits import MAX_RECORD
+from ret_fl.samples.limits import MAX_CLASSES, MAX_RECORD
 
 Records = NDArray[np.void]
 Hashes = NDArray[np.uint8]
@@ -45,9 +45,9 @@ class Description:
             raise DescriptionError("the fingerprint is not 64 hex digits")
         if not (channels in (1, 3) and height > 0 and width > 0 and 0 < self.samples < 2**32):
             raise DescriptionError(f"{self.samples} samples of {channels}x{height}x{width} are impossible")
-        if self.record.itemsize > MAX_RECORD:
+        if channels * height * width > MAX_RECORD:
             raise DescriptionError(f"images of {channels}x{height}x{width} exceed {MAX_RECORD >> 20} MiB each")
-        if self.num_classes < 0 or self.kind not in get_args(Kind):
+        if not 0 <= self.num_classes <= MAX_CLASSES or self.kind not in get_args(Kind):
             raise DescriptionError(f"{self.num_classes} classes or kind {self.kind!r} are impossible")
 
     @classmethod
