@@ -197,7 +197,7 @@ def test_a_service_that_dies_in_mid_stream_and_comes_back_costs_only_time(tmp_pa
     order = serving.order(np.arange(4000))
     with serving.running() as first:
         client = SampleClient(serving.service(patience=30.0))
-        batches = client.fetch(serving.known, Grant.of(order).to_bytes(), order.signature, order.ids, order.hashes)
+        batches = client.fetch(serving.known, Grant.of(order).to_bytes(), order.signature, order.ids)
         received = [next(batches), next(batches)]
         first.stop(0)
     finished = threading.Event()

@@ -72,13 +72,11 @@ class SampleClient:
         except DescriptionError as error:
             raise SampleServiceError(f"{self._config.address} is no sample service of ret-fl: {error}") from None
 
-    def fetch(
-        self, known: Description, grant: bytes, signature: bytes, ids: NDArray[np.int64], hashes: Hashes
-    ) -> Iterator[Records]:
-        """Records of the samples `ids`, in that order, a batch at a time, each checked against its hash.
+    def fetch(self, known: Description, grant: bytes, signature: bytes, ids: NDArray[np.int64]) -> Iterator[Records]:
+        """Records of the samples `ids`, in that order, a batch at a time; whether they are true, `check` tells.
 
         A stream that breaks is begun anew with what is still missing. Raises `SampleServiceError` if the service stays
-        away for longer than `service.patience`, refuses, or sends other samples than the server has.
+        away for longer than `service.patience`, refuses, or sends what is no batch of these samples.
         """
         done = 0
         waits = _Waits(self._config)
@@ -90,13 +88,7 @@ class SampleClient:
             try:
                 for batch in call:
                     records = self._unpacked(batch, known.record, len(ids) - done)
-                    asked = slice(done, done + len(records))
-                    if (records["id"] != ids[asked]).any() or (hash_records(records) != hashes[asked]).any():
-                        raise SampleServiceError(
-                            f"{self._config.address} sends other samples than the server has: it must serve the same "
-                            "files with the same data settings"
-                        )
-                    done = asked.stop
+                    done += len(records)
                     waits = _Waits(self._config)
                     yield records
                 if done < len(ids):
@@ -105,6 +97,14 @@ class SampleClient:
                 waits.after(error)
             finally:
                 call.cancel()
+
+    def check(self, records: Records, hashes: Hashes) -> None:
+        """Raises `SampleServiceError` if the records are not those with these hashes, in that order."""
+        if (hash_records(records) != hashes).any():
+            raise SampleServiceError(
+                f"{self._config.address} sends other samples than the server has: it must serve the same files with "
+                "the same data settings"
+            )
 
     def _unpacked(self, batch: pb.Batch, record: np.dtype[np.void], room: int) -> Records:
         """The records of a batch, at most `room`; a compressed one is inflated no further than that."""
