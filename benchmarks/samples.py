@@ -3,11 +3,14 @@
     python -m benchmarks.samples                 # 32x32 colour images, batches of 256, one shard of 65,536
     python -m benchmarks.samples --tls           # the service with TLS, the copy without
 
-Both move the same samples, in batches of 256, from a memory-mapped file in one process to new files in another, and
-both end when the files are flushed to disk. The copy does no more than it must: the sender reads the rows of a batch
-and writes them to a TCP socket, the receiver writes what it gets to a file. The service checks the grant and packs
-records; the client receives them, hashes every sample, compares it with the order, and writes segments of its cache.
-What was read before lies in the page cache for both. They take turns; the ratio is that of the medians.
+Three ways to move the same samples, 256 at a time, from disk in one process to disk in another over the loopback:
+  service   checks the grant, packs records; the client hashes every sample, compares it with the order, and writes the
+            segments of its cache, flushed to disk
+  files     copies a data set as it usually lies there, one file an image: 256 files are read, sent, written as 256
+            files; these are not flushed, since to flush each would take far longer than the copy
+  stream    the least that can be done: the rows of a memory-mapped array, sent as they are, written to one file, and
+            that flushed to disk
+What was read before lies in the page cache for all. They take turns; a ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from ret_fl.samples.server import SampleServer, Tls
 
 SHAPE = (3, 32, 32)
 BAR = 0.8
+FILES = 16_384  # as many files are made and copied, at most
 
 
 def open_store(path: Path) -> SampleStore:
@@ -65,6 +69,32 @@ def send(path: Path, order: np.ndarray, ready: Connection) -> None:
             with connection:
                 for start in range(0, len(order), BATCH_SAMPLES):
                     connection.sendall(images[order[start : start + BATCH_SAMPLES]].data)
+
+
+def send_files(folder: Path, count: int, ready: Connection) -> None:
+    """The same where every image is a file: each connection gets `count` of them, 256 at a time."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ready.send(listener.getsockname()[1])
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                for start in range(0, count, BATCH_SAMPLES):
+                    names = range(start, min(start + BATCH_SAMPLES, count))
+                    connection.sendall(b"".join((folder / f"{i}.bin").read_bytes() for i in names))
+
+
+def copy_files(port: int, target: Path, count: int) -> float:
+    """Seconds until `count` images from the socket are files in `target`."""
+    began = time.perf_counter()
+    target.mkdir()
+    size = int(np.prod(SHAPE))
+    with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile("rb") as stream:
+        for start in range(0, count, BATCH_SAMPLES):
+            batch = min(BATCH_SAMPLES, count - start)
+            data = memoryview(stream.read(batch * size))
+            for i in range(batch):
+                (target / f"{start + i}.bin").write_bytes(data[i * size : (i + 1) * size])
+    return time.perf_counter() - began
 
 
 def copy(port: int, target: Path, size: int) -> float:
@@ -115,7 +145,8 @@ def make_order(store: SampleStore, ids: np.ndarray, key: Path) -> TrainOrder:
         bank_values=columns,
         bank_visits=ids,
     )
-    return Signer(key, 3600, hash_samples(store, Description.of(store, "photo"))).signed(order)
+    known = Description.of(store, "photo")
+    return Signer(key, 3600, known, hash_samples(store, known)).signed(order)
 
 
 def main() -> None:
@@ -139,27 +170,36 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
     order = make_order(store, ids, folder / "signing-key.pem")
     tls = Tls(*make_certificate(folder)) if with_tls else None
     size = samples * int(np.prod(SHAPE))
-    server, port = start(serve, path, tls)
-    sender, copy_port = start(send, path, ids)
+    files = min(samples, FILES)
+    (folder / "files").mkdir()
+    for i, image in enumerate(store.pixels(ids[:files]).numpy()):
+        (folder / "files" / f"{i}.bin").write_bytes(image.data)
+    (server, port), (sender, stream_port) = start(serve, path, tls), start(send, path, ids)
+    file_sender, file_port = start(send_files, folder / "files", files)
     service = ServiceConfig(address=f"localhost:{port}", insecure=not tls, ca=str(tls.certificate) if tls else "")
-    copied, served = [], []
+    rates = []
     try:
         for i in range(repeats + 1):
-            seconds = copy(copy_port, folder / "copy", size), fetch(service, order, folder / "cache")
+            row = (
+                size / fetch(service, order, folder / "cache") / 1e6,
+                files * size / samples / copy_files(file_port, folder / "copies", files) / 1e6,
+                size / copy(stream_port, folder / "copy", size) / 1e6,
+            )
             shutil.rmtree(folder / "cache")
+            shutil.rmtree(folder / "copies")
             (folder / "copy").unlink()
             if i:  # the first of each warms up
-                copied.append(seconds[0])
-                served.append(seconds[1])
-                print(f"  copy {size / seconds[0] / 1e6:.0f} MB/s, service {size / seconds[1] / 1e6:.0f} MB/s")
+                rates.append(row)
+                print("  MB/s: service {:.0f}, files {:.0f}, stream {:.0f}".format(*row))
     finally:
-        for process in (server, sender):
+        for process in (server, sender, file_sender):
             process.terminate()
             process.join()
-    ratio = statistics.median(copied) / statistics.median(served)
+    served, filed, streamed = (statistics.median(column) for column in zip(*rates, strict=True))
     kind = "TLS" if with_tls else "plain text"
     print(f"{samples:,} samples of {size // samples} bytes, batches of {BATCH_SAMPLES}, {os.cpu_count()} cores, {kind}")
-    print(f"service / copy: {ratio:.2f} (bar: {BAR})")
+    print(f"service / copying of files:    {served / filed:.2f} (bar: {BAR})")
+    print(f"service / copying of a stream: {served / streamed:.2f}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def train(message: Message, context: Context) -> Message:
     if config.threads:
         torch.set_num_threads(config.threads)
     access = open_access(config.service, config.data)
-    known = access.describe(order.fingerprint)
+    known = access.describe(order)
     if known.fingerprint != order.fingerprint:
         raise WrongDataError(
             f"the order is about data {order.fingerprint[:16]}, this node has {known.fingerprint[:16]}: check "

@@ -90,7 +90,7 @@ class ServiceConfig(Section):
     compression: Literal["none", "zlib"] = Field(
         "none", description="zlib for slow links: it costs the service a core, and photographs gain little."
     )
-    patience: float = Field(300, ge=0, description="Seconds a client waits for a service that is away.")
+    patience: float = Field(300.0, ge=0, description="Seconds a client waits for a service that is away.")
     cache_mb: int = Field(
         10_000, ge=1, description="Megabytes that fetched samples may take in data.cache-dir, all runs together."
     )

@@ -64,7 +64,8 @@ class TrainOrder:
     start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own.
     upload: whether the reply carries weights.
     expires (seconds since 1970) and signature: the server's word to a sample service that this order may read its ids;
-    hashes: uint8 [n, 16], what each sample must hash to. Without a signing key: 0, none, and [0, 16].
+    description: what it has to know of the dataset (ret_fl/samples/records.py, as JSON); hashes: uint8 [n, 16], of each
+    sample, so that the service need not be trusted. Without a signing key these are empty.
     """
 
     config: RunConfig
@@ -83,10 +84,14 @@ class TrainOrder:
     bank_visits: Ids
     expires: int = 0
     signature: bytes = b""
+    description: str = ""
     hashes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 16), np.uint8))
 
     _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits", "hashes")
-    _SCALARS = ("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload", "expires", "signature")
+    _SCALARS = (
+        *("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload"),
+        *("expires", "signature", "description"),
+    )
 
     def pack(self, weights: ArrayRecord) -> RecordDict:
         """The order with the global weights, one ArrayRecord object shared by all orders of a round."""

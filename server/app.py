@@ -114,7 +114,8 @@ def _signer(config: RunConfig, data: DataSplits) -> Signer | None:
     key = config.service.signing_key
     if not key:
         return None
-    return Signer(Path(key), config.round_timeout, hash_samples(data.train, Description.of(data.train, data.kind)))
+    known = Description.of(data.train, data.kind)
+    return Signer(Path(key), config.round_timeout, known, hash_samples(data.train, known))
 
 
 def _warn_of_duplicates(config: RunConfig, data: DataSplits) -> None:

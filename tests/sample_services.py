@@ -76,7 +76,7 @@ class Serving:
             bank_values=columns,
             bank_visits=ids,
         )
-        signer = Signer(key or self.signing_key, seconds, hash_samples(self.store, self.known))
+        signer = Signer(key or self.signing_key, seconds, self.known, hash_samples(self.store, self.known))
         return signer.signed(unsigned)
 
     def service(self, **changes: object) -> ServiceConfig:

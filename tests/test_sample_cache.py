@@ -63,7 +63,7 @@ def test_what_is_cached_needs_no_service_not_even_in_a_new_process(serving: Serv
     with serving.running():
         assert_right(serving, serving.access(), order)
     fresh = serving.access(patience=0.2)
-    assert fresh.describe(order.fingerprint) == serving.known
+    assert fresh.describe(order) == serving.known
     assert_right(serving, fresh, order)
     assert_right(serving, fresh, serving.order([897, 3]))
     with pytest.raises(SampleServiceError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-import threading
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -131,7 +133,7 @@ def test_forged_expired_and_foreign_grants_are_refused(serving: Serving, tmp_pat
 
 @pytest.mark.parametrize("data", [b"", b"x", b"ret-fl sample grant 1\n", b"ret-fl sample grant 1\n[1]\n", b"\n" * 99])
 def test_signed_nonsense_is_no_grant(serving: Serving, data: bytes) -> None:
-    signature = Signer(serving.signing_key, 1, np.empty((0, 16), np.uint8))._key.sign(data)
+    signature = Signer(serving.signing_key, 1, serving.known, np.empty((0, 16), np.uint8))._key.sign(data)
     with serving.running():
         code, why = refusal(serving, serving.order([1]), [1], grant=data, signature=signature)
     assert code == grpc.StatusCode.PERMISSION_DENIED and "this is no grant" in why
@@ -192,26 +194,44 @@ def test_a_service_can_admit_known_nodes_only(serving: Serving, tmp_path: Path) 
 # --- nothing lost on the way ---------------------------------------------------------------------------------------
 
 
-def test_a_service_that_dies_in_mid_stream_and_comes_back_costs_only_time(tmp_path: Path) -> None:
-    serving = Serving(tmp_path, pictures(4000, (3, 32, 32)))
-    order = serving.order(np.arange(4000))
-    with serving.running() as first:
-        client = SampleClient(serving.service(patience=30.0))
-        batches = client.fetch(serving.known, Grant.of(order).to_bytes(), order.signature, order.ids)
+SERVICE = """
+import sys, threading
+from pathlib import Path
+sys.path.insert(0, "tests")
+from sample_services import Serving, pictures
+with Serving(Path(sys.argv[1]), pictures(20_000, (3, 32, 32)), port=int(sys.argv[2])).running() as server:
+    print(server.port, flush=True)
+    threading.Event().wait()
+"""
+
+
+def start_process(folder: Path, port: int) -> tuple[subprocess.Popen[str], int]:
+    """A service in a process of its own, and its port."""
+    command = [sys.executable, "-c", SERVICE, str(folder), str(port)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_service_that_is_killed_in_mid_stream_and_comes_back_costs_only_time(tmp_path: Path) -> None:
+    serving = Serving(tmp_path, pictures(20_000, (3, 32, 32)))
+    order = serving.order(np.arange(20_000))
+    process, serving.port = start_process(tmp_path, 0)
+    try:
+        batches = SampleClient(serving.service(patience=60.0)).fetch(
+            serving.known, Grant.of(order).to_bytes(), order.signature, order.ids
+        )
         received = [next(batches), next(batches)]
-        first.stop(0)
-    finished = threading.Event()
-
-    def come_back() -> None:
-        time.sleep(1)
-        with serving.running():
-            finished.wait(60)
-
-    second = threading.Thread(target=come_back)
-    second.start()
-    received += list(batches)
-    finished.set()
-    second.join()
+        process.kill()
+        process.wait()
+        with futures.ThreadPoolExecutor(1) as pool:
+            restarted = pool.submit(start_process, tmp_path, serving.port)
+            received += list(batches)
+            process, _ = restarted.result()
+    finally:
+        process.kill()
+        process.wait()
     records = np.concatenate(received)
     assert (records == make_records(serving.store, order.ids, serving.known.record)).all()
 
@@ -390,7 +410,7 @@ def test_clients_without_data_train_bit_for_bit_the_same_model(
         )
         federation = make_federation(remote)
         federation.strategy.signer = Signer(
-            serving.signing_key, remote.round_timeout, hash_samples(data.train, serving.known)
+            serving.signing_key, remote.round_timeout, serving.known, hash_samples(data.train, serving.known)
         )
         monkeypatch.setattr(access_module, "load_splits", None)  # no client may read data of its own
         weights = federation.run()

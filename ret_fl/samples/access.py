@@ -22,7 +22,6 @@ from ret_fl.samples.client import SampleClient
 from ret_fl.samples.grants import Grant
 from ret_fl.samples.records import Description, Hashes, Records
 
-
 _AHEAD = 4
 """Batches that may have arrived and wait to be kept."""
 
@@ -30,8 +29,8 @@ _AHEAD = 4
 class SampleAccess(Protocol):
     """What a client asks of the place its samples are in."""
 
-    def describe(self, fingerprint: str = "") -> Description:
-        """The dataset there; one already known by this fingerprint needs no asking."""
+    def describe(self, order: TrainOrder | None = None) -> Description:
+        """The dataset there; or what an order says of it, where it says so."""
 
     def samples(self, order: TrainOrder) -> Samples:
         """The samples that an order names, ready to be trained on."""
@@ -43,7 +42,7 @@ class LocalAccess:
     def __init__(self, data: DataConfig) -> None:
         self._splits = load_splits(data)
 
-    def describe(self, fingerprint: str = "") -> Description:
+    def describe(self, order: TrainOrder | None = None) -> Description:
         return Description.of(self._splits.train, self._splits.kind)
 
     def samples(self, order: TrainOrder) -> Samples:
@@ -57,13 +56,20 @@ class ServedAccess:
         self._cache = SegmentCache(cache_dir(data) / "samples", service.cache_mb * 1_000_000)
         self._client = SampleClient(service)
 
-    def describe(self, fingerprint: str = "") -> Description:
-        """Raises `SampleServiceError` if the service must be asked and cannot be."""
-        known = self._cache.recall(fingerprint) if fingerprint else None
-        if known is None:
-            known = self._client.describe()
-            self._cache.remember(known)
-        return known
+    def describe(self, order: TrainOrder | None = None) -> Description:
+        """With an order nothing is asked of the service: the server's word counts, not the service's.
+
+        Raises:
+            ConfigError: the server signs no orders.
+            SampleServiceError: the service is away.
+        """
+        if order is None:
+            return self._client.describe()
+        if not order.signature:
+            raise ConfigError(
+                "the order is not signed, so no sample service will serve it: set service.signing-key on the server"
+            )
+        return Description.from_json(order.description)
 
     def samples(self, order: TrainOrder) -> Samples:
         """Fetch what the cache lacks.
@@ -72,11 +78,7 @@ class ServedAccess:
             ConfigError: the server signs no orders, or the cache cannot hold this one.
             SampleServiceError: the service is away, refuses, or sends other samples than the server has.
         """
-        if not order.signature:
-            raise ConfigError(
-                "the order is not signed, so no sample service will serve it: set service.signing-key on the server"
-            )
-        known = self.describe(order.fingerprint)
+        known = self.describe(order)
         ids, first = np.unique(order.ids, return_index=True)
         hashes = order.hashes[first]
         record_bytes = known.record.itemsize

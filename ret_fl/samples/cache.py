@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import time
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError
-from ret_fl.samples.records import Description, DescriptionError, Hashes, Records, hash_records
+from ret_fl.samples.records import Description, Hashes, Records, hash_records
 
 logger = logging.getLogger(__name__)
 
@@ -120,26 +119,6 @@ class SegmentCache:
         finally:
             temporary.unlink(missing_ok=True)
         return Segment(path, _open(path, known.record), np.ones(len(records), bool))
-
-    def remember(self, known: Description) -> None:
-        """Keep a description, so that a fully cached order needs no service."""
-        path = self._description(known.fingerprint)
-        if not path.exists():
-            temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-            temporary.write_text(json.dumps(vars(known)), encoding="utf-8")
-            temporary.replace(path)
-
-    def recall(self, fingerprint: str) -> Description | None:
-        """The description of a dataset, if it was ever kept."""
-        try:
-            stored = json.loads(self._description(fingerprint).read_text(encoding="utf-8"))
-            known = Description(**stored | {"image_shape": tuple(stored["image_shape"])})
-        except (OSError, ValueError, TypeError, KeyError, DescriptionError):
-            return None
-        return known if known.fingerprint == fingerprint else None
-
-    def _description(self, fingerprint: str) -> Path:
-        return self._folder / f"{_prefix(fingerprint)}.json"
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

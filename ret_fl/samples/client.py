@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, ServiceConfig
 from ret_fl.samples import service_pb2 as pb
-from ret_fl.samples.limits import IDENTITY_ONLY, MESSAGE_BYTES, stream_seconds
+from ret_fl.samples.limits import IDENTITY_ONLY, MESSAGE_BYTES, TRANSPORT, stream_seconds
 from ret_fl.samples.records import Description, DescriptionError, Hashes, Records, hash_records
 from ret_fl.samples.service_pb2_grpc import SampleServiceStub
 
@@ -42,7 +42,7 @@ class SampleClient:
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
-            ("grpc.keepalive_time_ms", 30_000),
+            *TRANSPORT,
             ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.use_local_subchannel_pool", 1),
             IDENTITY_ONLY,
@@ -126,7 +126,7 @@ class _Waits:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
-        self._give_up = time.monotonic() + config.patience
+        self._give_up: float | None = None  # counted from the first failure
         self._next = _FIRST_WAIT
 
     def after(self, error: grpc.RpcError) -> None:
@@ -137,13 +137,15 @@ class _Waits:
         if code not in _PASSING:
             raise SampleServiceError(f"the sample service {address} failed: {code.name}: {why}") from None
         seconds = self._next * _jitter.uniform(0.5, 1.5)
-        if time.monotonic() + seconds > self._give_up:
+        now = time.monotonic()
+        self._give_up = self._give_up or now + self._config.patience
+        if now + seconds > self._give_up:
             raise SampleServiceError(
                 f"the sample service {address} cannot be reached ({code.name}: {why}): check service.address, the "
                 "certificates (service.ca; service.insecure if it runs with --insecure), and whether it runs; "
                 f"service.patience={self._config.patience:g} s were waited"
             ) from None
-        logger.warning("the sample service %s is away (%s), again in %.1f s", address, code.name, seconds)
+        logger.warning("the sample service %s is away (%s: %s), again in %.1f s", address, code.name, why, seconds)
         time.sleep(seconds)
         self._next = min(2 * self._next, _LONGEST_WAIT)
 

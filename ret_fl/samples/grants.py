@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError
 from ret_fl.protocol import TrainOrder
-from ret_fl.samples.records import Hashes
+from ret_fl.samples.records import Description, Hashes
 
 _PURPOSE = b"ret-fl sample grant 1\n"  # so that no signature over anything else can pass for one
 _MAX_HEADER = 1024
@@ -70,21 +70,23 @@ class Signer:
     """Signs grants of one dataset on the server.
 
     key: an Ed25519 private key as PEM, without a pass phrase (`ret-fl serve-samples --make-key`).
-    seconds: how long a grant holds. hashes: of every sample, for the orders (`hash_samples`).
+    seconds: how long a grant holds. known, hashes: the dataset and each sample (`hash_samples`), for orders.
     Raises `ConfigError` if the file is no such key.
     """
 
-    def __init__(self, key: Path, seconds: float, hashes: Hashes) -> None:
+    def __init__(self, key: Path, seconds: float, known: Description, hashes: Hashes) -> None:
         loaded = _load(key, "service.signing-key", lambda pem: serialization.load_pem_private_key(pem, None))
         if not isinstance(loaded, Ed25519PrivateKey):
             raise ConfigError(f"service.signing-key: {key} is no Ed25519 private key ({_HOW})")
         self._key = loaded
         self._seconds = seconds
+        self._description = known.to_json()
         self._hashes = hashes
 
     def signed(self, order: TrainOrder) -> TrainOrder:
         """The order with a grant to read its samples from now on, and their hashes."""
-        order = replace(order, expires=int(time.time() + self._seconds) + 1, hashes=self._hashes[order.ids])
+        expires = int(time.time() + self._seconds) + 1
+        order = replace(order, expires=expires, description=self._description, hashes=self._hashes[order.ids])
         return replace(order, signature=self._key.sign(Grant.of(order).to_bytes()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class Description:
     @classmethod
     def of(cls, store: SampleStore, kind: Kind) -> Description:
         return cls(store.fingerprint, len(store), store.image_shape, store.num_classes, kind)
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Description:
+        """Raises `DescriptionError`."""
+        try:
+            stored = json.loads(text)
+            return cls(**stored | {"image_shape": tuple(stored["image_shape"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise DescriptionError(f"this describes no dataset: {error}") from None
 
     @property
     def record(self) -> np.dtype[np.void]:

@@ -24,6 +24,7 @@ from ret_fl.samples.limits import (
     BATCH_SAMPLES,
     IDENTITY_ONLY,
     MESSAGE_BYTES,
+    TRANSPORT,
     request_bytes,
     stream_seconds,
 )
@@ -75,7 +76,7 @@ class SampleServer:
                 ("grpc.max_receive_message_length", request_bytes(len(store))),
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_time_ms", 30_000),  # a client that vanished without a word frees its stream
+                *TRANSPORT,
                 IDENTITY_ONLY,
             ],
             maximum_concurrent_rpcs=4 * (streams + 4),  # beyond what waits for a thread, gRPC itself refuses
@@ -136,8 +137,9 @@ class _Servicer(SampleServiceServicer):
         if not self._free.acquire(blocking=False):
             _refuse(context, grpc.StatusCode.UNAVAILABLE, "as many clients as --streams allows are being served")
         began, size = time.monotonic(), len(ids) * self._description.record.itemsize
-        # gRPC sends a batch only when the client has room for it: a client that reads nothing is cut off by time
-        watchdog = threading.Timer(stream_seconds(size), context.cancel)
+        # gRPC sends a batch only when the client has room for it: a client that reads nothing is cut off by time, later
+        # than an honest one ends by its own deadline
+        watchdog = threading.Timer(stream_seconds(size) + 15, context.cancel)
         watchdog.daemon = True
         watchdog.start()
         try:
