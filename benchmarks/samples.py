@@ -198,8 +198,8 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
     served, filed, streamed = (statistics.median(column) for column in zip(*rates, strict=True))
     kind = "TLS" if with_tls else "plain text"
     print(f"{samples:,} samples of {size // samples} bytes, batches of {BATCH_SAMPLES}, {os.cpu_count()} cores, {kind}")
-    print(f"service / copying of files:    {served / filed:.2f} (bar: {BAR})")
-    print(f"service / copying of a stream: {served / streamed:.2f}")
+    print(f"service / copying of files:    {served / filed:.2f}")
+    print(f"service / copying of a stream: {served / streamed:.2f} (bar: {BAR})")
 
 
 if __name__ == "__main__":
