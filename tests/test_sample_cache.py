@@ -50,9 +50,9 @@ def fetched(access: ServedAccess) -> list[int]:
     asked: list[int] = []
     fetch = access._client.fetch
 
-    def counting(known: object, grant: object, signature: object, ids: np.ndarray) -> object:
+    def counting(known: object, grant: object, signature: object, ids: np.ndarray, hashes: object) -> object:
         asked.extend(ids.tolist())
-        return fetch(known, grant, signature, ids)  # type: ignore[arg-type]
+        return fetch(known, grant, signature, ids, hashes)  # type: ignore[arg-type]
 
     access._client.fetch = counting  # type: ignore[method-assign, assignment]
     return asked

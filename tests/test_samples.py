@@ -220,7 +220,7 @@ def test_a_service_that_is_killed_in_mid_stream_and_comes_back_costs_only_time(t
     process, serving.port = start_process(tmp_path, 0)
     try:
         batches = SampleClient(serving.service(patience=60.0)).fetch(
-            serving.known, Grant.of(order).to_bytes(), order.signature, order.ids
+            serving.known, Grant.of(order).to_bytes(), order.signature, order.ids, order.hashes
         )
         received = [next(batches), next(batches)]
         process.kill()

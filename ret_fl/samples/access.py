@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
 
@@ -21,9 +19,6 @@ from ret_fl.samples.cache import SEGMENT_BYTES, Segment, SegmentCache
 from ret_fl.samples.client import SampleClient
 from ret_fl.samples.grants import Grant
 from ret_fl.samples.records import Description, Hashes, Records
-
-_AHEAD = 4
-"""Batches that may have arrived and wait to be kept."""
 
 
 class SampleAccess(Protocol):
@@ -102,26 +97,13 @@ class ServedAccess:
                 segments.append(self._cache.add(known, np.concatenate(waiting)))
                 waiting.clear()
 
-        def keep(records: Records, start: int) -> None:
-            self._client.check(records, hashes[start : start + len(records)])
-            waiting.append(records)
-            if sum(map(len, waiting)) * known.record.itemsize >= SEGMENT_BYTES:
-                store()
-
-        # hashing and writing of a batch, while the next ones arrive
-        with ThreadPoolExecutor(1) as worker:
-            kept: deque[Future[None]] = deque()
-            try:
-                start = 0
-                for records in self._client.fetch(known, grant, order.signature, ids):
-                    kept.append(worker.submit(keep, records, start))
-                    start += len(records)
-                    if len(kept) > _AHEAD:
-                        kept.popleft().result()
-                for done in kept:
-                    done.result()
-            finally:
-                worker.submit(store).result()
+        try:
+            for records in self._client.fetch(known, grant, order.signature, ids, hashes):
+                waiting.append(records)
+                if sum(map(len, waiting)) * known.record.itemsize >= SEGMENT_BYTES:
+                    store()
+        finally:
+            store()
         return segments
 
 

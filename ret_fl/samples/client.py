@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, ServiceConfig
 from ret_fl.samples import service_pb2 as pb
-from ret_fl.samples.limits import IDENTITY_ONLY, MESSAGE_BYTES, TRANSPORT, stream_seconds
+from ret_fl.samples.limits import IDENTITY_ONLY, KEEPALIVE, MESSAGE_BYTES, stream_seconds
 from ret_fl.samples.records import Description, DescriptionError, Hashes, Records, hash_records
 from ret_fl.samples.service_pb2_grpc import SampleServiceStub
 
@@ -42,7 +42,7 @@ class SampleClient:
         options = [
             ("grpc.max_receive_message_length", MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
-            *TRANSPORT,
+            KEEPALIVE,
             ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.use_local_subchannel_pool", 1),
             IDENTITY_ONLY,
@@ -72,11 +72,13 @@ class SampleClient:
         except DescriptionError as error:
             raise SampleServiceError(f"{self._config.address} is no sample service of ret-fl: {error}") from None
 
-    def fetch(self, known: Description, grant: bytes, signature: bytes, ids: NDArray[np.int64]) -> Iterator[Records]:
-        """Records of the samples `ids`, in that order, a batch at a time; whether they are true, `check` tells.
+    def fetch(
+        self, known: Description, grant: bytes, signature: bytes, ids: NDArray[np.int64], hashes: Hashes
+    ) -> Iterator[Records]:
+        """Records of the samples `ids`, in that order, a batch at a time, each with its hash.
 
         A stream that breaks is begun anew with what is still missing. Raises `SampleServiceError` if the service stays
-        away for longer than `service.patience`, refuses, or sends what is no batch of these samples.
+        away for longer than `service.patience`, refuses, or sends anything else.
         """
         done = 0
         waits = _Waits(self._config)
@@ -88,6 +90,7 @@ class SampleClient:
             try:
                 for batch in call:
                     records = self._unpacked(batch, known.record, len(ids) - done)
+                    self._check(records, hashes[done : done + len(records)])
                     done += len(records)
                     waits = _Waits(self._config)
                     yield records
@@ -98,7 +101,7 @@ class SampleClient:
             finally:
                 call.cancel()
 
-    def check(self, records: Records, hashes: Hashes) -> None:
+    def _check(self, records: Records, hashes: Hashes) -> None:
         """Raises `SampleServiceError` if the records are not those with these hashes, in that order."""
         if (hash_records(records) != hashes).any():
             raise SampleServiceError(

@@ -11,14 +11,8 @@ MAX_CLASSES = 100_000
 """A client makes a model with as many class embeddings as it is told there are classes."""
 MESSAGE_BYTES = MAX_RECORD + (64 << 10)
 """No message of the service is larger: gRPC refuses one that says it is before it makes room for it."""
-TRANSPORT = [
-    ("grpc.http2.max_frame_size", (1 << 24) - 1),  # a batch is one frame, not fifty
-    ("grpc.http2.lookahead_bytes", 4 << 20),  # so much may be under way: it bounds what a slow reader holds up
-    ("grpc.experimental.tcp_read_chunk_size", 1 << 20),
-    ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
-    ("grpc.keepalive_time_ms", 30_000),  # a peer that vanished without a word is noticed
-]
-"""How gRPC moves batches: fewer, larger pieces than by default."""
+KEEPALIVE = ("grpc.keepalive_time_ms", 30_000)
+"""A peer that vanished without a word is noticed."""
 IDENTITY_ONLY = ("grpc.compression_enabled_algorithms_bitset", 1)
 """gRPC's own compression stays off: it inflates before it looks at the size. Ours is bounded (zlib, in Batch)."""
 _SLOWEST = 256 << 10

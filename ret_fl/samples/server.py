@@ -23,8 +23,8 @@ from ret_fl.samples.limits import (
     BATCH_BYTES,
     BATCH_SAMPLES,
     IDENTITY_ONLY,
+    KEEPALIVE,
     MESSAGE_BYTES,
-    TRANSPORT,
     request_bytes,
     stream_seconds,
 )
@@ -76,7 +76,7 @@ class SampleServer:
                 ("grpc.max_receive_message_length", request_bytes(len(store))),
                 ("grpc.max_send_message_length", MESSAGE_BYTES),
                 ("grpc.so_reuseport", 0),
-                *TRANSPORT,
+                KEEPALIVE,
                 IDENTITY_ONLY,
             ],
             maximum_concurrent_rpcs=4 * (streams + 4),  # beyond what waits for a thread, gRPC itself refuses
