@@ -44,6 +44,7 @@ bench: setup ## speed, as ratios measured in one run
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.audit
+	$(BIN)/python -m benchmarks.samples
 
 clean: ## remove .venv and caches, keep runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

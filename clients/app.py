@@ -1,7 +1,7 @@
 """ClientApp: take an order, train its proxy, report. The same in simulation and on separate machines.
 
-A node may be started with its own settings (`flower-supernode --node-config`): `data-path`, `device` and
-`state-dir` replace the run's on that node.
+A node may be started with its own settings (`flower-supernode --node-config`), which replace the run's there: see
+`NODE_SETTINGS`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,32 @@ from flwr.clientapp import ClientApp
 
 from ret_fl.config import RunConfig
 from ret_fl.data.partition import BY_SPEED
-from ret_fl.data.sources import DataSplits, load_splits
 from ret_fl.devices import resolve_device
 from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
 from ret_fl.proxy import ProxyTrainer, train_proxy
 from ret_fl.proxystate import ProxyFiles
+from ret_fl.samples.access import open_access
+from ret_fl.samples.records import Description
 from ret_fl.speed import images_per_second
 
 app = ClientApp()
+
+
+NODE_SETTINGS = {
+    "data-path": "data.path",
+    "cache-dir": "data.cache-dir",
+    "sample-service": "service.address",
+    "sample-ca": "service.ca",
+    "sample-certificate": "service.certificate",
+    "sample-key": "service.key",
+    "sample-insecure": "service.insecure",
+    "sample-compression": "service.compression",
+    "sample-cache-mb": "service.cache-mb",
+    "device": "device",
+    "state-dir": "state-dir",
+}
+"""Node config key -> the run's setting it replaces on that node."""
 
 
 class WrongDataError(ValueError):
@@ -33,20 +50,14 @@ class WrongDataError(ValueError):
 def _on_this_node(config: RunConfig, context: Context) -> RunConfig:
     """The run's settings with what this node overrides."""
     node = context.node_config
-    own = {"data.path": node.get("data-path"), "device": node.get("device"), "state-dir": node.get("state-dir")}
-    changed = {key: value for key, value in own.items() if value is not None}
+    changed = {setting: node[key] for key, setting in NODE_SETTINGS.items() if key in node}
     return RunConfig.from_flat({**config.to_flat(), **changed}) if changed else config
 
 
-def _data(config: RunConfig) -> DataSplits:
-    return load_splits(config.data)
-
-
 @lru_cache(maxsize=1)
-def _trainer(config: RunConfig) -> ProxyTrainer:
+def _trainer(config: RunConfig, known: Description) -> ProxyTrainer:
     """One model a process, used again for every shard and round of a run."""
-    store = _data(config).train
-    return ProxyTrainer(config, store.image_shape, store.num_classes, resolve_device(config.device))
+    return ProxyTrainer(config, known.image_shape, known.num_classes, resolve_device(config.device))
 
 
 def _limit_threads(config: RunConfig) -> None:
@@ -58,13 +69,13 @@ def _limit_threads(config: RunConfig) -> None:
 def hello(message: Message, context: Context) -> Message:
     """Say which partition, device and data this node has, and how fast it is where shards are dealt by speed."""
     config = _on_this_node(Hello.requested(message.content), context)
-    store = _data(config).train
+    known = open_access(config.service, config.data).describe()
     partition = int(context.node_config.get("partition-id", -1))
     speed = 0.0
     if config.partition.sizes == BY_SPEED:
         _limit_threads(config)
-        speed = images_per_second(_trainer(config), store.image_shape)
-    answer = Hello(partition, str(resolve_device(config.device)), store.fingerprint, len(store), speed)
+        speed = images_per_second(_trainer(config, known), known.image_shape)
+    answer = Hello(partition, str(resolve_device(config.device)), known.fingerprint, known.samples, speed)
     return Message(answer.pack(), reply_to=message)
 
 
@@ -74,15 +85,17 @@ def train(message: Message, context: Context) -> Message:
     order, weights = TrainOrder.unpack(message.content)
     config = _on_this_node(order.config, context)
     _limit_threads(config)
-    data = _data(config)
-    if data.train.fingerprint != order.fingerprint:
+    access = open_access(config.service, config.data)
+    known = access.describe(order)
+    if known.fingerprint != order.fingerprint:
         raise WrongDataError(
-            f"the order is about data {order.fingerprint[:16]}, this node has {data.train.fingerprint[:16]}: check "
-            "data.source, data.path and the files here"
+            f"the order is about data {order.fingerprint[:16]}, this node has {known.fingerprint[:16]}: check "
+            "data.source, data.path and the files here, or those of its sample service"
         )
+    samples = access.samples(order)
     files = ProxyFiles(Path(config.state_dir) if config.state_dir else user_cache("proxies"), order.run_key)
     state = files.load(order.shard, order.proxy_round)
-    trained = train_proxy(_trainer(config), order, weights, data.train, data.kind, state)
+    trained = train_proxy(_trainer(config, known), order, weights, samples, known.kind, state)
     if config.optimizer.carry_moments or not order.upload:
         files.save(order.shard, order.round, trained.state, keep=config.keep_checkpoints)
     return Message(trained.report.pack(trained.weights if order.upload else None), reply_to=message)

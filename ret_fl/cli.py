@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit, cli_deploy, cli_doctor
+from ret_fl import cli_audit, cli_deploy, cli_doctor, cli_serve
 from ret_fl.cli_options import (
     INTERRUPTED,
     AppOption,
@@ -244,3 +244,4 @@ app.command()(cli_audit.audit)
 app.command()(cli_audit.report)
 app.command()(cli_doctor.doctor)
 app.add_typer(cli_deploy.app, name="deploy")
+app.command()(cli_serve.serve_samples)

@@ -46,7 +46,9 @@ class DataConfig(Section):
         "digits", description="Where the images come from."
     )
     path: str = Field(
-        "", description="Folder of images (image-folder); hub name, save_to_disk folder or parquet files (hf)."
+        "",
+        description="Folder of images (image-folder); hub name, save_to_disk folder or parquet files (hf); or a URL "
+        "that fsspec knows of such a folder or files (s3://bucket/photos), copied to the cache once.",
     )
     limit: int = Field(0, ge=0, description="At most this many distinct training images; 0 takes all there are.")
     image_size: int = Field(0, ge=0, description="Side in pixels images are resized and centre-cropped to; 0 keeps.")
@@ -74,6 +76,29 @@ class DataConfig(Section):
     image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
     label_column: str = Field("label", description="Column of an hf dataset that holds the class, if it is there.")
     cache_dir: str = Field("", description="Where decoded image sets are kept; empty: ret-fl in the user's cache.")
+
+
+class ServiceConfig(Section):
+    address: str = Field(
+        "",
+        description="host:port of a sample service (docs/samples.md) for clients without data; empty: none.",
+    )
+    ca: str = Field("", description="File with the CA of the service's certificate, PEM; empty: those of the system.")
+    certificate: str = Field("", description="The node's own certificate, PEM, where the service has a --client-ca.")
+    key: str = Field("", description="File with the private key of service.certificate, PEM.")
+    insecure: bool = Field(False, description="Speak to the service without TLS: on one machine or a closed network.")
+    compression: Literal["none", "zlib"] = Field(
+        "none", description="zlib for slow links: it costs the service a core, and photographs gain little."
+    )
+    patience: float = Field(300.0, ge=0, description="Seconds a client waits for a service that is away.")
+    cache_mb: int = Field(
+        10_000, ge=1, description="Megabytes that fetched samples may take in data.cache-dir, all runs together."
+    )
+    signing_key: str = Field(
+        "",
+        description="Server only: file with the key that signs orders for the service (`ret-fl serve-samples "
+        "--make-key`); empty: no service will serve this run.",
+    )
 
 
 class PartitionConfig(Section):
@@ -269,6 +294,7 @@ class RunConfig(Section):
     )
 
     data: DataConfig = DataConfig.model_construct()
+    service: ServiceConfig = ServiceConfig.model_construct()
     partition: PartitionConfig = PartitionConfig.model_construct()
     model: ModelConfig = ModelConfig.model_construct()
     diffusion: DiffusionConfig = DiffusionConfig.model_construct()
@@ -287,6 +313,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.path is set but data.source={self.data.source} reads none: set data.source=image-folder or hf"
             )
+        if bool(self.service.certificate) != bool(self.service.key):
+            raise ValueError("service.certificate and service.key belong together: set both or none")
+        if self.service.insecure and (self.service.ca or self.service.key):
+            raise ValueError("service.insecure speaks without TLS: unset it, or service.ca and service.key")
         if self.partition.path and self.partition.scheme != "file":
             raise ValueError("partition.path is set but not read: set partition.scheme=file")
         if self.diffusion.beta_end < self.diffusion.beta_start:

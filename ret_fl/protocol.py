@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import numpy as np
@@ -63,6 +63,9 @@ class TrainOrder:
     proxy_round: the round whose local proxy (weights, moments) the client should go on from, 0 for none.
     start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own.
     upload: whether the reply carries weights.
+    expires (seconds since 1970) and signature: the server's word to a sample service that this order may read its ids;
+    description: what it has to know of the dataset (ret_fl/samples/records.py, as JSON); hashes: uint8 [n, 16], of each
+    sample, so that the service need not be trusted. Without a signing key these are empty.
     """
 
     config: RunConfig
@@ -79,9 +82,16 @@ class TrainOrder:
     log_ratio: Floats
     bank_values: Floats
     bank_visits: Ids
+    expires: int = 0
+    signature: bytes = b""
+    description: str = ""
+    hashes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 16), np.uint8))
 
-    _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits")
-    _SCALARS = ("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload")
+    _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits", "hashes")
+    _SCALARS = (
+        *("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload"),
+        *("expires", "signature", "description"),
+    )
 
     def pack(self, weights: ArrayRecord) -> RecordDict:
         """The order with the global weights, one ArrayRecord object shared by all orders of a round."""
@@ -112,6 +122,8 @@ class TrainOrder:
         per_sample = (order.ids, order.probability, order.strength, order.log_ratio)
         if not len(order.ids) or any(a.shape != order.ids.shape for a in per_sample):
             raise ProtocolError(f"order for shard {order.shard}: empty, or columns of unequal length")
+        if order.hashes.shape != (len(order.ids) if order.signature else 0, 16) or order.hashes.dtype != np.uint8:
+            raise ProtocolError(f"order for shard {order.shard}: signed, but not with a hash of each sample")
         return order, unpack_state(_get(record, ARRAYS))
 
 

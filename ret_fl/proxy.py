@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ret_fl.config import RunConfig
-from ret_fl.data.store import SampleStore
+from ret_fl.data.store import Samples
 from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.mitigation import taa
@@ -173,7 +173,7 @@ class ProxyTrainer:
 class Round:
     """One order being trained: the batches, the gate, the bank and the log of losses."""
 
-    def __init__(self, trainer: ProxyTrainer, order: TrainOrder, store: SampleStore, kind: str) -> None:
+    def __init__(self, trainer: ProxyTrainer, order: TrainOrder, store: Samples, kind: str) -> None:
         self.trainer, self.order, self.store = trainer, order, store
         self.config = trainer.config
         device, agc = trainer.device, self.config.agc
@@ -258,7 +258,7 @@ def train_proxy(
     trainer: ProxyTrainer,
     order: TrainOrder,
     weights: State,
-    store: SampleStore,
+    store: Samples,
     kind: str,
     state: ProxyState | None,
 ) -> TrainedProxy:

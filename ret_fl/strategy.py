@@ -38,6 +38,7 @@ from ret_fl.redistribution import (
 )
 from ret_fl.roster import FederationError, Roster
 from ret_fl.rounds import RoundSummary, ShardState, check_reply
+from ret_fl.samples.grants import Signer
 
 
 class _ShardGrid:
@@ -112,6 +113,8 @@ class RedistributeEnsemble(Strategy):
         Rounds already done, when resuming: Flower's own `start` counts from 1.
     banks : list of ShardState, optional
         State of the shards when resuming.
+    signer : Signer, optional
+        Signs orders, so that clients without data can have their samples from a sample service.
     """
 
     def __init__(
@@ -126,12 +129,14 @@ class RedistributeEnsemble(Strategy):
         roster: Roster | None = None,
         first_round: int = 0,
         banks: list[ShardState] | None = None,
+        signer: Signer | None = None,
     ) -> None:
         self.ledger = ledger
         self.config = config
         self.fingerprint = fingerprint
         self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
         self.run_key = run_key
+        self.signer = signer
         self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
         _refuse_to_wait(self.base, ledger.num_shards)
         self.first_round = first_round
@@ -196,7 +201,7 @@ class RedistributeEnsemble(Strategy):
         """What the client that trains `shard` in `round` needs to know."""
         ids = self.ledger.ids(shard)
         state = self.shards[shard]
-        return TrainOrder(
+        order = TrainOrder(
             config=self.config,
             run_key=self.run_key,
             fingerprint=self.fingerprint,
@@ -213,6 +218,7 @@ class RedistributeEnsemble(Strategy):
             bank_values=state.bank_values,
             bank_visits=state.bank_visits,
         )
+        return self.signer.signed(order) if self.signer else order
 
     def aggregates(self, round: int) -> bool:
         """Whether the proxies are averaged after this round; after the last one they always are."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from logging import INFO, WARNING
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Context
@@ -24,6 +25,8 @@ from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.roster import Roster
 from ret_fl.rundir import RunDir
+from ret_fl.samples.grants import Signer
+from ret_fl.samples.records import Description, hash_samples
 from ret_fl.strategy import RedistributeEnsemble
 
 app = ServerApp()
@@ -98,6 +101,7 @@ def fresh_strategy(
         content=train.content_hashes,
         run_key=uuid.uuid4().hex,
         roster=roster,
+        signer=_signer(config, data),
     )
     return strategy, weights
 
@@ -120,8 +124,18 @@ def _resumed(
         roster=roster,
         first_round=checkpoint.round,
         banks=checkpoint.shards,
+        signer=_signer(config, data),
     )
     return strategy, checkpoint.weights
+
+
+def _signer(config: RunConfig, data: DataSplits) -> Signer | None:
+    """Signs orders for a sample service where the run has a key; a grant holds as long as its order."""
+    key = config.service.signing_key
+    if not key:
+        return None
+    known = Description.of(data.train, data.kind)
+    return Signer(Path(key), config.round_timeout, known, hash_samples(data.train, known))
 
 
 def _warn_of_duplicates(config: RunConfig, data: DataSplits) -> None:

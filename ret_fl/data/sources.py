@@ -16,6 +16,7 @@ from ret_fl.data.builtin import load_builtin
 from ret_fl.data.folder import load_folder
 from ret_fl.data.hf import load_hf
 from ret_fl.data.images import ImageSet, Kind
+from ret_fl.data.mirror import is_url, mirrored
 from ret_fl.data.partition import interleave, partition
 from ret_fl.data.store import SampleStore
 
@@ -88,6 +89,8 @@ def deal(config: RunConfig, data: DataSplits) -> np.ndarray:
 
 def load_images(config: DataConfig) -> ImageSet:
     """All images of the source, undivided. Raises `ConfigError` if it cannot be read."""
+    if is_url(config.path):
+        config = mirrored(config)
     if config.source == "image-folder":
         return load_folder(config)
     if config.source == "hf":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,13 @@ from torch import Tensor
 
 _CHUNK = 4096
 """Rows hashed at a time, so that a memory-mapped dataset is never read into memory at once."""
+
+
+class Samples(Protocol):
+    """What training asks of a dataset, wherever it is."""
+
+    def fetch(self, ids: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """As `SampleStore.fetch`."""
 
 
 class SampleStore:
