@@ -138,7 +138,10 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
-    prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="What the U-Net predicts.")
+    prediction: Literal["epsilon", "v_prediction"] = Field(
+        "v_prediction",
+        description="What the U-Net predicts. 'epsilon' is the paper's; with it, small models of few images leave haze.",
+    )
     timesteps: int = Field(1000, ge=2, description="T, the length of the noising chain.")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="First beta of the schedule.")
     beta_end: float = Field(0.02, gt=0, lt=1, description="Last beta of the schedule.")
@@ -171,7 +174,7 @@ class AgcConfig(Section):
         "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
     )
     mem_ratio: float = Field(
-        1.25, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
