@@ -140,7 +140,7 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     prediction: Literal["epsilon", "v_prediction"] = Field(
         "v_prediction",
-        description="What the U-Net predicts. 'epsilon' is the paper's; with it, small models of few images leave haze.",
+        description="What the U-Net predicts. 'epsilon' is the paper's; with it small models of few images leave haze.",
     )
     timesteps: int = Field(1000, ge=2, description="T, the length of the noising chain.")
     beta_start: float = Field(1e-4, gt=0, lt=1, description="First beta of the schedule.")

@@ -53,6 +53,8 @@ def main(grid: Grid, context: Context) -> None:
 
     data = load_splits(config.data)
     log(INFO, "data: %s", data.describe())
+    if checkpoint:
+        _refuse_other_data(checkpoint, data)
     _warn_of_duplicates(config, data)
     roster = Roster(config, data.train.fingerprint)
     roster.greet(grid)
@@ -106,14 +108,17 @@ def fresh_strategy(
     return strategy, weights
 
 
-def _resumed(
-    config: RunConfig, data: DataSplits, roster: Roster, checkpoint: Checkpoint
-) -> tuple[RedistributeEnsemble, State]:
+def _refuse_other_data(checkpoint: Checkpoint, data: DataSplits) -> None:
     if checkpoint.fingerprint != data.train.fingerprint:
         raise ConfigError(
             f"the run was made with data {checkpoint.fingerprint[:16]}, the same settings now give "
             f"{data.train.fingerprint[:16]}: the files behind data.path have changed"
         )
+
+
+def _resumed(
+    config: RunConfig, data: DataSplits, roster: Roster, checkpoint: Checkpoint
+) -> tuple[RedistributeEnsemble, State]:
     log(INFO, "going on after round %d", checkpoint.round)
     strategy = RedistributeEnsemble(
         checkpoint.ledger,

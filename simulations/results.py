@@ -24,7 +24,7 @@ from ret_fl.files import write_atomically
 
 LOCAL = (
     "name", "out", "resume", "state-dir", "data.cache-dir", "device", "threads", "keep-checkpoints", "min-nodes",
-    "wait-seconds", "round-timeout",
+    "wait-seconds", "round-timeout", "retries", "patience",
 )  # fmt: skip
 """Settings that say where and how a run is made, not what comes out."""
 
@@ -140,7 +140,7 @@ class ResultsFile:
 def _training(config: RunConfig) -> dict[str, Scalar]:
     """The settings that decide what comes out; the seed and the length are a row's own."""
     own = (*LOCAL, "seed", "num-server-rounds")
-    return {k: v for k, v in config.to_flat().items() if k not in own}
+    return {k: v for k, v in config.to_flat().items() if k not in own and not k.startswith("service.")}
 
 
 # Over seeds

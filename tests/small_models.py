@@ -15,6 +15,7 @@ from ret_fl.diffusion.objective import Objective, make_scheduler
 
 Prediction = Literal["epsilon", "v_prediction"]
 PREDICTIONS = ("epsilon", "v_prediction")
+EPSILON = DiffusionConfig(prediction="epsilon")
 
 
 def make_objective(prediction: Prediction = "epsilon", fold: int = 1, timesteps: int = 1000) -> Objective:
@@ -31,7 +32,7 @@ def tiny(fold: int = 1, classes: int = 0) -> UNet2DModel:
 def trained(store: SampleStore, steps: int) -> UNet2DModel:
     """A small U-Net after some steps on a store's images."""
     unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), store.image_shape, 0, 0).train()
-    objective = Objective(make_scheduler(DiffusionConfig()), torch.device("cpu"))
+    objective = Objective(make_scheduler(EPSILON), torch.device("cpu"))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     torch.manual_seed(0)
     for _ in range(steps):

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import trained
+from small_models import EPSILON, trained
 
 from ret_fl.audit.attacks import _duplicates, attack, takes
 from ret_fl.audit.generate import load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, spread_rows
 from ret_fl.audit.schema import Leakage
 from ret_fl.auditing import open_data
-from ret_fl.config import DataConfig, DiffusionConfig, ModelConfig
+from ret_fl.config import DataConfig, ModelConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
@@ -47,14 +47,14 @@ def repeating() -> AuditData:
 @pytest.fixture(scope="module")
 def learned(repeating: AuditData) -> Leakage:
     """What a model gives away after 300 steps on them."""
-    denoiser = (trained(repeating.train, 300), make_scheduler(DiffusionConfig()), 1)
+    denoiser = (trained(repeating.train, 300), make_scheduler(EPSILON), 1)
     return attack(denoiser, repeating, Background(), Options(), silent)[0]
 
 
 def test_members_and_canaries_of_a_model_that_knows_them_stand_apart(repeating: AuditData, learned: Leakage) -> None:
     """Every image once, on either side; none of it shows in a model that has learned nothing."""
     unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), repeating.train.image_shape, 0, 0)
-    fresh, _ = attack((unet, make_scheduler(DiffusionConfig()), 1), repeating, Background(), Options(), silent)
+    fresh, _ = attack((unet, make_scheduler(EPSILON), 1), repeating, Background(), Options(), silent)
     assert repeating.reference is not None
     others = HELD_OUT + len(repeating.reference)
     for leakage in (learned, fresh):
@@ -94,7 +94,7 @@ def test_folded_and_class_conditional_models_are_attacked(fold: int, conditional
     splits = load_splits(DataConfig(limit=24, canaries=1))
     config = ModelConfig(preset="tiny", pixel_unshuffle=fold, class_conditional=conditional)
     unet = build_unet(config, splits.train.image_shape, splits.train.num_classes, 0)
-    save_pipeline(tmp_path, unet, make_scheduler(DiffusionConfig()), fold)
+    save_pipeline(tmp_path, unet, make_scheduler(EPSILON), fold)
     denoiser = load_denoiser(tmp_path, "cpu")
     data = AuditData("digits", splits.train, splits.reference, splits.held_out, splits.canaries)
     assert denoiser is not None
@@ -114,7 +114,7 @@ def test_labels_reach_a_class_conditional_model() -> None:
     assert images.labels is not None
     moved = SampleStore(images.pixels(), (images.labels + 1) % 10, 10)
     unet = build_unet(ModelConfig(preset="tiny", class_conditional=True), images.image_shape, 10, 0)
-    denoiser = (unet, make_scheduler(DiffusionConfig()), 1)
+    denoiser = (unet, make_scheduler(EPSILON), 1)
     own, other = (
         attack(denoiser, AuditData("digits", store), Background(), Options(), silent)[1]["training"]
         for store in (images, moved)

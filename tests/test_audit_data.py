@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_models import trained
+from small_models import EPSILON, trained
 
 from ret_fl.audit.generate import Generated
 from ret_fl.audit.inputs import AuditData
@@ -17,7 +17,7 @@ from ret_fl.audit.run import run_audit
 from ret_fl.audit.similarity import similarity
 from ret_fl.audit.verdict import Finding, judge
 from ret_fl.auditing import Drawing, audit_model, draw, measure, open_data
-from ret_fl.config import DataConfig, DiffusionConfig
+from ret_fl.config import DataConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import make_scheduler
@@ -55,7 +55,7 @@ def test_a_model_that_memorized_its_images_is_found_to_copy_the_canaries_first(t
     data = AuditData(
         "digits", splits.train.subset(np.r_[:12, again]), splits.reference, splits.held_out, canaries, one_split=True
     )
-    save_pipeline(tmp_path / "model", trained(data.train, 200), make_scheduler(DiffusionConfig()), 1)
+    save_pipeline(tmp_path / "model", trained(data.train, 200), make_scheduler(EPSILON), 1)
     generated = draw(tmp_path / "model", tmp_path / "audit", Drawing(samples=100, steps=25))
     audit, _ = measure(tmp_path / "model", generated, data, leakage=False)
     assert judge(audit)[0] is Finding.COPIES

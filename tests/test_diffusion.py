@@ -71,7 +71,7 @@ class TestObjective:
             def forward(self, *_: Any, **__: Any) -> tuple[Tensor]:
                 return (noise,)
 
-        objective = Objective(make_scheduler(DiffusionConfig()), CPU)
+        objective = Objective(make_scheduler(DiffusionConfig(prediction="epsilon")), CPU)
         losses = objective.losses(Oracle(), rand(4, 1, 8, 8, seed=1), torch.arange(4), noise, None)
         assert losses.tolist() == [0] * 4
 
@@ -372,9 +372,9 @@ def test_drawing_starts_near_pure_noise_for_any_number_of_steps(steps: int) -> N
 
 
 def test_a_pretrained_folder_with_another_schedule_is_refused(tmp_path: Path) -> None:
-    theirs = make_scheduler(DiffusionConfig(prediction="v_prediction"))
+    theirs = make_scheduler(DiffusionConfig(prediction="epsilon"))
     save_pipeline(tmp_path, tiny(), theirs, 1)
     model = ModelConfig(init_from=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"set diffusion\.prediction=v_prediction"):
+    with pytest.raises(ConfigError, match=r"set diffusion\.prediction=epsilon"):
         check_pretrained_schedule(model, DiffusionConfig())
-    check_pretrained_schedule(model, DiffusionConfig(prediction="v_prediction"))
+    check_pretrained_schedule(model, DiffusionConfig(prediction="epsilon"))

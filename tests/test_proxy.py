@@ -133,7 +133,7 @@ def assert_close_states(left: State, right: State, tolerance: float) -> None:
 
 
 def test_without_mitigation_a_round_equals_a_plain_training_loop(tiny: Tiny) -> None:
-    config = tiny(PLAIN, {"local-epochs": 3})
+    config = tiny(PLAIN, {"local-epochs": 3, "diffusion.prediction": "epsilon"})
     order = make_order(config)
     plain = PlainLoop(config)
     plain.round(order)
@@ -144,7 +144,7 @@ def test_without_mitigation_a_round_equals_a_plain_training_loop(tiny: Tiny) -> 
 
 def test_carried_moments_make_three_rounds_one_training_run(tiny: Tiny, tmp_path: Path) -> None:
     """Through the client's files, and through a U-Net whose memory layout is not that of the files."""
-    config = tiny(PLAIN, {"local-epochs": 2})
+    config = tiny(PLAIN, {"local-epochs": 2, "diffusion.prediction": "epsilon"})
     files = ProxyFiles(tmp_path, "test")
     plain, weights = PlainLoop(config), fresh_weights(config)
     for number in (1, 2, 3):

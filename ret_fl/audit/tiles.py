@@ -65,9 +65,10 @@ def worst_pairs(audit: Audit, worst: Pairs | None) -> list[Pair]:
     for i, (generated, original, r) in enumerate(
         zip(worst.generated, worst.originals, worst.ratio.tolist(), strict=True)
     ):
-        moved = named is not None and audit.replication.worst_variant not in (None, "pixels")
-        gap = (generated.double() - original.double()).square().sum()
-        distance = named[i].distance if named is not None and moved else float(gap)
+        if named is not None and audit.replication.worst_variant is not None:
+            distance = named[i].distance
+        else:
+            distance = float((generated.double() - original.double()).square().sum())
         facts = [f"ratio {number(r)}"] if math.isfinite(r) else []
         facts.append(f"distance {number(distance)}")
         if named is not None:
