@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.certificates import make_certificate
 from ret_fl.config import DataConfig, RunConfig, ServiceConfig
 from ret_fl.data.store import SampleStore
+from ret_fl.deploy.certificates import Authority, write_private
 from ret_fl.files import sync
 from ret_fl.protocol import TrainOrder
 from ret_fl.samples.access import ServedAccess
@@ -149,6 +149,14 @@ def make_order(store: SampleStore, ids: np.ndarray, key: Path) -> TrainOrder:
     return Signer(key, 3600, known, hash_samples(store, known)).signed(order)
 
 
+def certified(folder: Path) -> tuple[Path, Path]:
+    """Certificate and key files of localhost; the authority's certificate lies beside them."""
+    certificate, key = Authority.open(folder, "benchmark").issue(["localhost"], days=1)
+    (folder / "host.crt").write_bytes(certificate)
+    write_private(folder / "host.key", key)
+    return folder / "host.crt", folder / "host.key"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=65_536, help="samples of the order (default: 65,536)")
@@ -168,7 +176,7 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
     store = open_store(path)
     ids = np.sort(rng.permutation(2 * samples)[:samples])  # a shard of two
     order = make_order(store, ids, folder / "signing-key.pem")
-    tls = Tls(*make_certificate(folder)) if with_tls else None
+    tls = Tls(*certified(folder)) if with_tls else None
     size = samples * int(np.prod(SHAPE))
     files = min(samples, FILES)
     (folder / "files").mkdir()
@@ -176,7 +184,7 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
         (folder / "files" / f"{i}.bin").write_bytes(image.data)
     (server, port), (sender, stream_port) = start(serve, path, tls), start(send, path, ids)
     file_sender, file_port = start(send_files, folder / "files", files)
-    service = ServiceConfig(address=f"localhost:{port}", insecure=not tls, ca=str(tls.certificate) if tls else "")
+    service = ServiceConfig(address=f"localhost:{port}", insecure=not tls, ca=str(folder / "ca.crt") if tls else "")
     rates = []
     try:
         for i in range(repeats + 1):

@@ -280,8 +280,8 @@ class RunConfig(Section):
     patience: float = Field(
         4,
         gt=1,
-        description="An order goes to another node after this many times the seconds it should take at the node's "
-        "measured speed (and two minutes at least); what comes first counts.",
+        description="An order is sent again after this many times the seconds such orders take on its node (and two "
+        "minutes at least); what comes first counts.",
     )
     quorum: float = Field(0.5, gt=0, le=1, description="Share of shards whose reply must be sound, or the run stops.")
     device: str = Field(

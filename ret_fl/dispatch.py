@@ -32,45 +32,46 @@ SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
 class Errand:
     """One shard's order in a phase.
 
-    message: the order as first sent. nodes: those it went to, the last one the one whose reply counts once there is
-    one. failures: why it went on from each node but that one. asked: nodes that owe a reply, by message ID.
+    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: nodes
+    that owe a reply, by message ID. answered_by: the node whose reply counts.
     """
 
     shard: int
-    message: Message
-    nodes: list[int] = field(default_factory=list)
+    messages: list[Message]
     failures: list[str] = field(default_factory=list)
     asked: dict[str, int] = field(default_factory=dict)
-    message_ids: list[str] = field(default_factory=list)
     sent_at: float = 0.0
     reply: Message | None = None
     answered_by: int | None = None
 
     @property
-    def node(self) -> int:
-        """The node that answered, else the one asked last."""
-        if self.answered_by is not None:
-            return self.answered_by
-        return self.nodes[-1] if self.nodes else self.message.metadata.dst_node_id
+    def first(self) -> Message:
+        return self.messages[0]
 
     @property
-    def why_failed(self) -> str:
-        return "; ".join(self.failures)
+    def nodes(self) -> list[int]:
+        """Those it went to, the last one last."""
+        return [message.metadata.dst_node_id for message in self.messages]
 
-    def sent(self, message_id: str, node: int) -> None:
-        self.asked[message_id] = node
-        self.message_ids.append(message_id)
-        self.nodes.append(node)
-        self.sent_at = time.monotonic()
+    @property
+    def node(self) -> int:
+        """The node that answered, else the one asked last."""
+        return self.nodes[-1] if self.answered_by is None else self.answered_by
 
-    def to(self, node: int) -> Message:
+    @property
+    def open(self) -> bool:
+        """Whether a reply may still come."""
+        return self.reply is None and bool(self.asked)
+
+    def again(self, node: int) -> Message:
         """The same order, for another node."""
-        first = self.message.metadata
-        return Message(self.message.content, dst_node_id=node, message_type=first.message_type, ttl=first.ttl)
+        like = self.first.metadata
+        self.messages.append(Message(self.first.content, node, like.message_type, ttl=like.ttl))
+        return self.messages[-1]
 
     def resent(self) -> list[dict[str, object]]:
         """Each time it was sent again, as metrics.jsonl tells it."""
-        return [{"shard": self.shard, "why": why} for _, why in zip(self.nodes[1:], self.failures, strict=False)]
+        return [{"shard": self.shard, "why": why} for _, why in zip(self.messages[1:], self.failures, strict=False)]
 
 
 @dataclass
@@ -85,8 +86,8 @@ class Phase:
 class Dispatcher(Grid):
     """The grid a strategy's rounds run on: as Flower's, but it sees a phase through.
 
-    grid: Flower's. roster: who may stand in. retries: how often an order may be sent again in a phase. patience: a
-    node is given up for a stand-in after this many times the seconds its orders should take.
+    grid: Flower's. roster: who may stand in. retries: how often an order may be sent again in a phase. patience: an
+    order is sent again after this many times the seconds such orders usually take on the node.
     """
 
     def __init__(self, grid: Grid, roster: Roster, retries: int, patience: float) -> None:
@@ -119,14 +120,13 @@ class Dispatcher(Grid):
         if self.phase is None or not messages:
             return self.grid.send_and_receive(messages, timeout=timeout) if messages else []
         phase, self.phase = self.phase, None
-        for errand, message in zip(phase.errands.values(), messages, strict=True):
-            errand.message = message  # wrappers around the strategy may have made another of it
-        # all at once: Flower then looks only once at the weights they share
-        for errand, message_id in zip(phase.errands.values(), self.grid.push_messages(messages), strict=True):
-            self._note_sent(errand, message_id, errand.message.metadata.dst_node_id)
+        errands = list(phase.errands.values())
+        for errand, message in zip(errands, messages, strict=True):
+            errand.messages = [message]  # strategies around ours may have made another of it
+        self._send(errands)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         looked = time.monotonic()
-        while waiting := [e for e in phase.errands.values() if e.reply is None and e.asked]:
+        while waiting := [e for e in errands if e.open]:
             self._receive(phase, waiting)
             now = time.monotonic()
             if now >= deadline:
@@ -134,21 +134,27 @@ class Dispatcher(Grid):
             if now - looked >= LOOK_SECONDS:
                 looked = now
                 self._look_after(phase)
-            if any(e.reply is None and e.asked for e in waiting):
+            if any(e.open for e in waiting):
                 time.sleep(PULL_SECONDS)
-        return [e.reply for e in phase.errands.values() if e.reply is not None]
+        return [e.reply for e in errands if e.reply is not None]
 
-    def _note_sent(self, errand: Errand, message_id: str | None, node: int) -> None:
-        if message_id is None:  # what Flower's grid gives for a message it could not push
-            errand.failures.append("Flower could not send the order")
-        else:
-            errand.sent(message_id, node)
+    def _send(self, errands: list[Errand]) -> None:
+        """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
+        messages = [e.messages[-1] for e in errands]
+        ids: list[str | None] = list(self.grid.push_messages(messages))
+        if len(ids) < len(messages):  # too much for one request: Flower says so in its log, and sends none
+            ids = [next(iter(self.grid.push_messages([message])), None) for message in messages]
+        for errand, message, message_id in zip(errands, messages, ids, strict=True):
+            errand.sent_at = time.monotonic()
+            if message_id is None:
+                errand.failures.append("Flower could not send the order")
+            else:
+                errand.asked[message_id] = message.metadata.dst_node_id
 
     def _send_again(self, errand: Errand, node: int) -> None:
         log(WARNING, "shard %d goes to node %d", errand.shard, node)
-        message = errand.to(node)
-        for message_id in self.grid.push_messages([message]):
-            self._note_sent(errand, message_id, node)
+        errand.again(node)
+        self._send([errand])
 
     def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
@@ -165,6 +171,7 @@ class Dispatcher(Grid):
                 self._failed(phase, errand, node, why, same_node=False)
             else:
                 errand.reply, errand.answered_by = reply, node
+                self.roster.answered(node, phase.work[errand.shard], time.monotonic() - errand.sent_at)
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
         errand.failures.append(why)
@@ -174,31 +181,30 @@ class Dispatcher(Grid):
         to = self.roster.stand_in(errand.nodes, self.grid)
         if to is None and same_node and node in self.roster.alive(self.grid):
             to = node
-        if to is not None and len(errand.nodes) <= self.retries:
+        if to is not None and len(errand.messages) <= self.retries:
             self._send_again(errand, to)
 
     def _look_after(self, phase: Phase) -> None:
         """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
         alive = set(self.roster.alive(self.grid))
-        assigned = {e.shard: e.nodes[-1] for e in phase.errands.values() if e.reply is None and e.asked}
-        for errand in [phase.errands[shard] for shard in assigned]:
-            node = assigned[errand.shard]
+        for errand in [e for e in phase.errands.values() if e.open]:
+            node = errand.nodes[-1]
             if node not in alive:
                 why = "the node is gone"
-            elif self._too_late(phase, errand, assigned):
-                why = "the node is far behind its measured speed"
+            elif self._too_late(phase, errand):
+                why = "the node is far behind its usual time"
             else:
                 continue
             to = self.roster.stand_in(errand.nodes, self.grid)
             # a node that was restarted has lost the order it had, and does not say so
             to = node if to is None and node in alive else to
-            if to is not None and len(errand.nodes) <= self.retries:
+            if to is not None and len(errand.messages) <= self.retries:
                 errand.failures.append(why)
                 log(WARNING, "shard %d on node %d: %s", errand.shard, node, why)
                 self._send_again(errand, to)
 
-    def _too_late(self, phase: Phase, errand: Errand, assigned: dict[int, int]) -> bool:
-        expected = self.roster.seconds(phase.work, assigned, assigned[errand.shard])
-        if expected is None:
+    def _too_late(self, phase: Phase, errand: Errand) -> bool:
+        usual = self.roster.usual_seconds(errand.nodes[-1], phase.work[errand.shard])
+        if usual is None:
             return False
-        return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * expected)
+        return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * usual)

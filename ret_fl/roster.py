@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
@@ -33,7 +33,8 @@ class Roster:
     """Nodes that have introduced themselves with the right data, and how fast each trains.
 
     nodes: what each said of itself. refused: nodes with other data. unwell: why a node could not introduce itself.
-    speed: images a second, measured. home: the node that trained a shard last, which has its moments.
+    speed: images a second of training, measured. turnaround: seconds an image from order to answer, at worst. home: the
+    node that trained a shard last, which has its moments.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class Roster:
     refused: set[int] = field(default_factory=set)
     unwell: dict[int, str] = field(default_factory=dict)
     speed: dict[int, float] = field(default_factory=dict)
+    turnaround: dict[int, float] = field(default_factory=dict)
     home: dict[int, int] = field(default_factory=dict)
 
     def greet(self, grid: Grid) -> None:
@@ -160,14 +162,17 @@ class Roster:
             fresh = images / seconds
             self.speed[node] = SMOOTH * self.speed.get(node, fresh) + (1 - SMOOTH) * fresh
 
-    def seconds(self, work: Mapping[int, int], assigned: Mapping[int, int], node: int) -> float | None:
-        """How long a node should take for its shards; None if its speed was never measured.
+    def answered(self, node: int, images: int, seconds: float) -> None:
+        """Take in how long after it was sent an order of so many images was answered.
 
-        work: images to be trained on in each shard.
+        Unlike the speed of training it counts all there is to wait for: other orders, start-up, the network, a machine
+        shared with other nodes. The slowest answer so far decides, by the image.
         """
-        if node not in self.speed:
-            return None
-        return sum(work[shard] for shard, n in assigned.items() if n == node) / self.speed[node]
+        self.turnaround[node] = max(self.turnaround.get(node, 0.0), seconds / images)
+
+    def usual_seconds(self, node: int, images: int) -> float | None:
+        """How long after it was sent an order should be answered; None if the node never answered one."""
+        return self.turnaround[node] * images if node in self.turnaround else None
 
     def stand_in(self, tried: Collection[int], grid: Grid) -> int | None:
         """The fastest living node not tried yet, or None."""

@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
@@ -164,12 +164,17 @@ class RedistributeEnsemble(Strategy):
 
     # Flower's hooks
 
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """Flower's own loop of rounds, on a `Dispatcher`: what one node fails another does."""
+        return super().start(Dispatcher(grid, self.roster, self.config.retries, self.config.patience), *args, **kwargs)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One order for each shard; where there are fewer nodes than shards, they take turns.
 
-        On a `Dispatcher` the order of a node that fails goes to another one. Raises `FederationError` if fewer than
+        On a `Dispatcher` the order of a node that fails goes to another one; on another grid (a strategy wrapped around
+        this one has its own loop) the shard is missing from the round. Raises `FederationError` if fewer than
         `min-nodes` are left after `wait-seconds`.
         """
         round = self.first_round + server_round
@@ -191,7 +196,7 @@ class RedistributeEnsemble(Strategy):
             )
             for shard, node in self.roster.assign([work[shard] for shard in shards], nodes).items()
         }
-        errands = {shard: Errand(shard, message) for shard, message in messages.items()}
+        errands = {shard: Errand(shard, [message]) for shard, message in messages.items()}
         self._open = _Open(round, time.monotonic(), orders, errands, arrays)
         if isinstance(grid, Dispatcher):
             grid.phase = Phase(errands, self._judge, work)
@@ -263,11 +268,12 @@ class RedistributeEnsemble(Strategy):
             failures=failures,
             resent=[again for errand in errands.values() for again in errand.resent()],
             partitions={report.shard: self._partition(errands[report.shard].node) for report in reports},
-            bytes_down=sum(payload_bytes(e.message.content) * max(1, len(e.nodes)) for e in errands.values()),
+            bytes_down=sum(payload_bytes(e.first.content) * len(e.messages) for e in errands.values()),
             bytes_up=bytes_up,
             seconds=time.monotonic() - self._open.began,
             gap=fits[0].log_loss - fits[-1].log_loss,
         )
+        self._open = _Open()  # the replies' weights need no longer be held
         return arrays, metrics
 
     def _judge(self, shard: int, reply: Message) -> str | None:
@@ -290,7 +296,7 @@ class RedistributeEnsemble(Strategy):
         """Replies fit to be used, by shard, and why the other shards are missing."""
         opened = self._open
         # Flower fills in a message's ID when it sends it, and every reply names it, errors of Flower's own too
-        asked = {mid: shard for shard, errand in opened.errands.items() for mid in errand.message_ids}
+        asked = {message.metadata.message_id: shard for shard, e in opened.errands.items() for message in e.messages}
         for reply in replies:
             shard = asked.get(reply.metadata.reply_to_message_id)
             if shard is None:
@@ -303,7 +309,7 @@ class RedistributeEnsemble(Strategy):
         for shard, errand in opened.errands.items():
             if shard not in opened.sound:
                 silent = f"no reply within round-timeout={self.config.round_timeout:g} s"
-                failures[shard] = opened.failures.get(shard) or errand.why_failed or silent
+                failures[shard] = opened.failures.get(shard) or "; ".join(errand.failures) or silent
                 log(WARNING, "round %d: shard %d: %s", opened.number, shard, failures[shard])
         return [opened.sound[shard] for shard in sorted(opened.sound)], failures
 

@@ -19,7 +19,6 @@ from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
-from ret_fl.dispatch import Dispatcher
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
@@ -65,9 +64,8 @@ def main(grid: Grid, context: Context) -> None:
     recorder = RunRecorder(run, config, strategy, data)
     remaining = config.num_server_rounds - strategy.first_round
     if remaining > 0:
-        patient = Dispatcher(grid, roster, config.retries, config.patience)
         result = strategy.start(
-            patient, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
+            grid, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
         )
         weights = unpack_state(result.arrays)
     recorder.close()

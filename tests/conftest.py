@@ -22,7 +22,6 @@ from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
-from ret_fl.dispatch import Dispatcher
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.proxy import ProxyTrainer
@@ -156,9 +155,8 @@ class Federation:
         config, roster = self.config, self.strategy.roster
         roster.greet(self.grid)
         rounds = rounds or config.num_server_rounds
-        patient = Dispatcher(self.grid, roster, config.retries, config.patience)
         self.result = self.strategy.start(
-            patient, pack_state(self.start), rounds, timeout=config.round_timeout, evaluate_fn=self._note
+            self.grid, pack_state(self.start), rounds, timeout=config.round_timeout, evaluate_fn=self._note
         )
         return unpack_state(self.result.arrays)
 

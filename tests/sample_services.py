@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from ret_fl.config import DataConfig, RunConfig, ServiceConfig
 from ret_fl.data.store import SampleStore
+from ret_fl.deploy import certificates
 from ret_fl.protocol import TrainOrder
 from ret_fl.samples.access import ServedAccess
 from ret_fl.samples.grants import Signer, Verifier, make_key_pair
@@ -107,38 +102,12 @@ class Authority:
     name: str = "ca"
 
     def __post_init__(self) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._certificate = self._signed(self.name, self._key.public_key(), ca=True)
-        self.path = self.folder / f"{self.name}.pem"
-        self.path.write_bytes(self._certificate.public_bytes(serialization.Encoding.PEM))
+        self._authority = certificates.Authority.open(self.folder / self.name, self.name)
+        self.path = self.folder / self.name / "ca.crt"
 
     def issue(self, name: str) -> tuple[Path, Path]:
         """Certificate and key files."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate_path, key_path = self.folder / f"{name}.pem", self.folder / f"{name}.key"
-        certificate = self._signed(name, key.public_key(), ca=False)
-        certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        key_path.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-        return certificate_path, key_path
-
-    def _signed(self, name: str, key: ec.EllipticCurvePublicKey, ca: bool) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        issuer = subject if ca else self._certificate.subject
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
+        paths = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        for path, content in zip(paths, self._authority.issue(["localhost", "127.0.0.1"], days=1), strict=True):
+            path.write_bytes(content)
+        return paths

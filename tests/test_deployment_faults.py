@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,20 @@ def a_supernode(running: LocalFederation) -> psutil.Process:
     return psutil.Process(running.processes.pop(name).pid)
 
 
+def a_client(running: LocalFederation) -> psutil.Process:
+    """The process in which a SuperNode runs its ClientApp; those of earlier rounds linger as zombies."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for name, process in running.processes.items():
+            if name.startswith("SuperNode"):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        if "clientapp" in child.name() and child.status() != psutil.STATUS_ZOMBIE:
+                            return child
+        time.sleep(0.05)
+    raise AssertionError("no ClientApp process came up")
+
+
 def kill_after_round(running: LocalFederation, run: RunDir, round: int, victim: Victim, killed: list[int]) -> None:
     while len(run.rows()) < round:
         time.sleep(0.1)
@@ -42,7 +57,8 @@ def kill_after_round(running: LocalFederation, run: RunDir, round: int, victim: 
     killed.append(found.pid)
 
 
-def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [a_supernode, a_client])
+def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, victim: Victim) -> None:
     settings: dict[str, Scalar] = TINY | {
         "num-server-rounds": 3,
         "local-epochs": 20,
@@ -53,7 +69,7 @@ def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path) -> N
     run, config = new_run(settings, tmp_path / "run")
     killed: list[int] = []
     with local_federation(tmp_path / "federation", 2, run.path / "flower.log", tls=False) as running:
-        killer = threading.Thread(target=kill_after_round, args=(running, run, 1, a_supernode, killed), daemon=True)
+        killer = threading.Thread(target=kill_after_round, args=(running, run, 1, victim, killed), daemon=True)
         killer.start()
         submit(ROOT, run, config, dict(os.environ) | dict(running.environment))
         killer.join(timeout=5)

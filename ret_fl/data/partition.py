@@ -80,7 +80,7 @@ BY_SPEED = "speed"
 
 
 def _sizes(config: PartitionConfig, num_samples: int, shards: int) -> np.ndarray:
-    if not config.sizes:
+    if config.sizes in ("", BY_SPEED):  # before speeds are measured, all nodes count as equally fast
         return largest_remainder(np.ones(shards), num_samples)
     try:
         weights = np.array([float(s) for s in config.sizes.split(",")])

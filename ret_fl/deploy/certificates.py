@@ -15,6 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ret_fl.config import ConfigError
 
 CA_DAYS = 3650
+BOTH_SIDES = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
 _CLOCK_LEEWAY = datetime.timedelta(hours=1)  # hosts whose clocks are behind this one's must accept it, too
 
 
@@ -26,7 +27,7 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 class Authority:
-    """The federation's certificate authority. Its key signs the SuperLink's certificate and stays with the operator."""
+    """The federation's certificate authority. Its key signs hosts' certificates and stays with the operator."""
 
     def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
         self.certificate, self.key = certificate, key
@@ -65,7 +66,10 @@ class Authority:
         return cls(builder.sign(key, hashes.SHA384()), key)
 
     def issue(self, names: list[str], days: int) -> tuple[bytes, bytes]:
-        """A server's certificate for DNS names and IP addresses, valid `days`, and its new key; both PEM."""
+        """A host's certificate for DNS names and IP addresses, valid `days`, and its new key; both PEM.
+
+        Good for both sides of TLS: a sample service may ask its clients for certificates, too.
+        """
         key = ec.generate_private_key(ec.SECP384R1())
         issuer_id = x509.SubjectKeyIdentifier.from_public_key(self.key.public_key())
         builder = (
@@ -77,7 +81,7 @@ class Authority:
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(BOTH_SIDES), critical=False)
             .add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
         )
