@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.orders import first_order
 from ret_fl.config import DataConfig, RunConfig, ServiceConfig
 from ret_fl.data.store import SampleStore
 from ret_fl.deploy.certificates import Authority, write_private
@@ -128,23 +129,7 @@ def start(target: object, *arguments: object) -> tuple[multiprocessing.Process, 
 
 
 def make_order(store: SampleStore, ids: np.ndarray, key: Path) -> TrainOrder:
-    columns = np.ones(len(ids), np.float32)
-    order = TrainOrder(
-        config=RunConfig(),
-        run_key="benchmark",
-        fingerprint=store.fingerprint,
-        shard=0,
-        round=1,
-        proxy_round=0,
-        start="global",
-        upload=True,
-        ids=ids,
-        probability=columns,
-        strength=columns,
-        log_ratio=columns,
-        bank_values=columns,
-        bank_visits=ids,
-    )
+    order = first_order(RunConfig(), store.fingerprint, ids)
     known = Description.of(store, "photo")
     return Signer(key, 3600, known, hash_samples(store, known)).signed(order)
 

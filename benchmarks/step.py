@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.orders import first_order
 from ret_fl.config import RunConfig
 from ret_fl.data.store import SampleStore
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import build_unet
 from ret_fl.diffusion.objective import Objective, make_scheduler
-from ret_fl.protocol import TrainOrder
 from ret_fl.proxy import ProxyTrainer, Round
 
 
@@ -47,26 +47,10 @@ def bare_loop(config: RunConfig, store: SampleStore, device: torch.device) -> Ca
 
 def our_loop(config: RunConfig, store: SampleStore, device: torch.device) -> Callable[[int], None]:
     """The product's own step."""
-    n, cells = len(store), config.diffusion.timesteps
+    n = len(store)
     trainer = ProxyTrainer(config, store.image_shape, 0, device)
     trainer.load(trainer.weights(), None)
-    ones = np.ones(n, np.float32)
-    order = TrainOrder(
-        config=config,
-        run_key="benchmark",
-        fingerprint=store.fingerprint,
-        shard=0,
-        round=1,
-        proxy_round=0,
-        start="global",
-        upload=True,
-        ids=np.arange(n),
-        probability=ones,
-        strength=0 * ones,
-        log_ratio=np.full(n, np.nan, np.float32),
-        bank_values=np.zeros(cells, np.float32),
-        bank_visits=np.zeros(cells, np.int64),
-    )
+    order = first_order(config, store.fingerprint, np.arange(n))
     round_ = Round(trainer, order, store, "glyph")
 
     def steps(count: int) -> None:

@@ -14,7 +14,23 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from ret_fl.sections import (
+    AgcConfig,
+    DataConfig,
+    DiffusionConfig,
+    EmaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PartitionConfig,
+    QuarantineConfig,
+    RedistributionConfig,
+    Section,
+    ServiceConfig,
+    TaaConfig,
+    dashed,
+)
 
 Scalar = bool | int | float | str
 """What Flower can carry as one setting."""
@@ -22,225 +38,6 @@ Scalar = bool | int | float | str
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range. The message names it and says what is allowed."""
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class Section(BaseModel):
-    """A frozen group of settings whose outside names are dashed (`mem_ratio` is ``mem-ratio``)."""
-
-    # numbers are text where text is wanted: `--set name=5`
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        alias_generator=_dashed,
-        populate_by_name=True,
-        coerce_numbers_to_str=True,
-    )
-
-
-class DataConfig(Section):
-    source: Literal["digits", "mnist", "glyphs", "patches", "faces", "image-folder", "hf"] = Field(
-        "digits", description="Where the images come from."
-    )
-    path: str = Field(
-        "",
-        description="Folder of images (image-folder); hub name, save_to_disk folder or parquet files (hf); or a URL "
-        "that fsspec knows of such a folder or files (s3://bucket/photos), copied to the cache once.",
-    )
-    limit: int = Field(0, ge=0, description="At most this many distinct training images; 0 takes all there are.")
-    image_size: int = Field(0, ge=0, description="Side in pixels images are resized and centre-cropped to; 0 keeps.")
-    channels: Literal["auto", "grey", "rgb"] = Field("auto", description="Colour of the images the model sees.")
-    held_out: float = Field(
-        0.2, ge=0, lt=1, description="Share of the images kept from training, to measure quality and floors against."
-    )
-    reference: bool = Field(
-        True,
-        description="Keep a further real set, as large as the training set and disjoint from it, to calibrate the "
-        "copy rate. It costs half of the images: turn it off when every image must train.",
-    )
-    canaries: int = Field(0, ge=0, description="Training images repeated on purpose, to see whether they are copied.")
-    canary_repeats: int = Field(10, ge=1, description="How often each canary stands in the training set.")
-    seed: int = Field(0, ge=0, description="Seed of the split into train, held-out and reference, and of the canaries.")
-    on_corrupt: Literal["skip", "refuse"] = Field(
-        "skip", description="An unreadable image is skipped and counted, or stops the run."
-    )
-    duplicates: Literal["weight", "keep"] = Field(
-        "weight",
-        description="Exact duplicates: 'weight' visits each 1/copies as often, whatever shards they are in; 'keep' "
-        "trains on all.",
-    )
-    split: str = Field("train", description="Which split of an hf dataset to read.")
-    image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
-    label_column: str = Field("label", description="Column of an hf dataset that holds the class, if it is there.")
-    cache_dir: str = Field("", description="Where decoded image sets are kept; empty: ret-fl in the user's cache.")
-
-
-class ServiceConfig(Section):
-    address: str = Field(
-        "",
-        description="host:port of a sample service (docs/samples.md) for clients without data; empty: none.",
-    )
-    ca: str = Field("", description="File with the CA of the service's certificate, PEM; empty: those of the system.")
-    certificate: str = Field("", description="The node's own certificate, PEM, where the service has a --client-ca.")
-    key: str = Field("", description="File with the private key of service.certificate, PEM.")
-    insecure: bool = Field(False, description="Speak to the service without TLS: on one machine or a closed network.")
-    compression: Literal["none", "zlib"] = Field(
-        "none", description="zlib for slow links: it costs the service a core, and photographs gain little."
-    )
-    patience: float = Field(300.0, ge=0, description="Seconds a client waits for a service that is away.")
-    cache_mb: int = Field(
-        10_000, ge=1, description="Megabytes that fetched samples may take in data.cache-dir, all runs together."
-    )
-    signing_key: str = Field(
-        "",
-        description="Server only: file with the key that signs orders for the service (`ret-fl serve-samples "
-        "--make-key`); empty: no service will serve this run.",
-    )
-
-
-class PartitionConfig(Section):
-    scheme: Literal["iid", "shuffled", "class", "dirichlet", "file"] = Field(
-        "iid",
-        description="How samples are first dealt to shards: class-balanced, shuffled, whole classes a shard, "
-        "Dirichlet over classes, or as a file says.",
-    )
-    alpha: float = Field(0.3, gt=0, description="Dirichlet concentration: small is skewed, large is even.")
-    classes_per_shard: int = Field(2, ge=1, description="Classes each shard holds under 'class'.")
-    sizes: str = Field(
-        "",
-        description="Relative shard sizes for 'iid' and 'shuffled', as in '0.7,0.2,0.07,0.03'; empty: equal; 'speed': "
-        "as fast as the nodes train, measured at the start.",
-    )
-    path: str = Field("", description="For 'file': a .npy or .json list with one shard number a sample.")
-
-
-class ModelConfig(Section):
-    preset: Literal["tiny", "small", "base", "ddpm-cifar", "ddpm-64"] = Field(
-        "tiny", description="Size of the diffusers UNet2DModel (ret_fl/diffusion/models.py)."
-    )
-    pixel_unshuffle: int = Field(
-        0,
-        ge=0,
-        le=8,
-        description="Fold pixel blocks of this side into channels before the U-Net: 2 makes 16x16 cost what 8x8 "
-        "does. 1 never folds; 0 folds by 2 for images of 16 pixels with the tiny and small presets.",
-    )
-    class_conditional: bool = Field(False, description="Give the U-Net the class label (num_class_embeds).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the U-Net's residual blocks.")
-    init_from: str = Field(
-        "",
-        description="Start from this diffusers folder (pipeline or UNet2DModel), the same on every machine, instead "
-        "of random weights. model.preset and model.dropout are then not read.",
-    )
-
-
-class DiffusionConfig(Section):
-    prediction: Literal["epsilon", "v_prediction"] = Field(
-        "v_prediction",
-        description="What the U-Net predicts. 'epsilon' is the paper's; with it small models of few images leave haze.",
-    )
-    timesteps: int = Field(1000, ge=2, description="T, the length of the noising chain.")
-    beta_start: float = Field(1e-4, gt=0, lt=1, description="First beta of the schedule.")
-    beta_end: float = Field(0.02, gt=0, lt=1, description="Last beta of the schedule.")
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
-        "linear", description="Shape of the beta schedule."
-    )
-
-
-class OptimizerConfig(Section):
-    lr: float = Field(2e-3, gt=0, description="AdamW learning rate after warm-up.")
-    schedule: Literal["constant", "cosine"] = Field(
-        "cosine",
-        description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds; a run "
-        "that is given more rounds later climbs up to its new curve.",
-    )
-    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, counted from fresh moments.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
-    grad_clip: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 does not clip.")
-    carry_moments: bool = Field(True, description="Keep each shard's Adam moments from round to round on its client.")
-
-
-class EmaConfig(Section):
-    decay: float = Field(0.995, ge=0, lt=1, description="Decay per step of the averaged weights, which are the result.")
-
-
-class AgcConfig(Section):
-    mode: Literal["off", "agc", "sample", "random"] = Field(
-        "agc",
-        description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
-        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
-    )
-    mem_ratio: float = Field(
-        1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
-    )
-    t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
-    decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
-    bins: int = Field(0, ge=0, description="Pool the timesteps of the bank in this many bins; 0: one a timestep.")
-    bias_correct: bool = Field(False, description="Undo the bank's bias towards its zero start.")
-    min_visits: int = Field(0, ge=0, description="Skip nothing at a timestep the bank has seen fewer times than this.")
-    max_rescale: float = Field(
-        0.0, ge=0, description="Upper bound of the rescaling B/kept of what is left of a batch; 0: none."
-    )
-    random_rate: float = Field(0.2, ge=0, lt=1, description="Share skipped by mode 'random', below t-max.")
-    sharpness: float = Field(
-        4.0, ge=0, description="Mode 'sample' keeps with probability exp(sharpness * (r - median r)) below the median."
-    )
-
-
-class TaaConfig(Section):
-    mode: Literal["off", "next-visit", "two-pass-band", "two-pass-all"] = Field(
-        "off",
-        description="Threshold-Aware Augmentation. 'next-visit': a sample close to being skipped is augmented when "
-        "it is next drawn; 'two-pass-band': re-drawn augmented if its ratio is below bar; 'two-pass-all': all are.",
-    )
-    kappa: float = Field(5.0, gt=0, description="Strength falls as exp(-kappa * (ratio - 1)) above the threshold.")
-    bar: float = Field(1.5, gt=1, description="two-pass-band: at this ratio to the threshold an image stays clean.")
-    momentum: float = Field(0.5, ge=0, lt=1, description="next-visit: how much of the old strength a visit keeps.")
-    magnitude: float = Field(5.0, ge=0, le=30, description="RandAugment magnitude (of 30) at full strength.")
-    ops: int = Field(2, ge=1, le=4, description="Random operations an image goes through.")
-    policy: Literal["auto", "glyph", "photo"] = Field(
-        "auto", description="Operations: 'glyph' moves shapes only, 'photo' adds flips and colour; auto: by source."
-    )
-
-
-class RedistributionConfig(Section):
-    policy: str = Field(
-        "balance+quarantine",
-        description="What the server does with reported sample IDs; several joined by '+': balance (high-loss IDs "
-        "from the worst-fitted shard to the best), quarantine (memorized IDs are visited less), memorized (MSR, the "
-        "paper's ring swap), high-loss, random, none.",
-    )
-    fraction: float = Field(
-        0.05, gt=0, le=0.5, description="Share of a shard that moves at a time (the paper's rho is 0.25)."
-    )
-    period: int = Field(1, ge=1, description="Move at every n-th opportunity.")
-    topology: Literal["ring", "derangement"] = Field(
-        "ring", description="memorized, high-loss, random: each shard gives to the next, or to a random other one."
-    )
-    control: Literal["off", "samples", "all"] = Field(
-        "off",
-        description="For ablations, every policy by chance: 'samples' moves (or quarantines) as many samples as asked, "
-        "whichever they are; 'all' moves them from and to any shards, too.",
-    )
-    gap: float = Field(
-        0.1, ge=0, description="balance acts while the worst shard's mean log-loss exceeds the best's by more."
-    )
-    size_ratio: float = Field(
-        1.5, ge=1, description="balance acts, too, while the largest shard is more than this times the smallest."
-    )
-
-
-class QuarantineConfig(Section):
-    share: float = Field(
-        0.0, ge=0, lt=1, description="Share of all samples quarantined (lowest log-ratios); 0: those below z."
-    )
-    z: float = Field(-1.5, lt=0, description="With share 0: samples whose robust z-score is below this.")
-    probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
-    every: int = Field(1, ge=1, description="Choose anew every n rounds.")
-    min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")
 
 
 class RunConfig(Section):
@@ -387,10 +184,10 @@ def describe(config: RunConfig | None = None) -> Iterator[Setting]:
         for name in type(section).model_fields:
             value = getattr(section, name)
             if isinstance(value, Section):
-                yield from walk(value, f"{prefix}{_dashed(name)}.")
+                yield from walk(value, f"{prefix}{dashed(name)}.")
             else:
-                schema = properties[_dashed(name)]
-                yield Setting(prefix + _dashed(name), value, _allowed(schema), schema["description"])
+                schema = properties[dashed(name)]
+                yield Setting(prefix + dashed(name), value, _allowed(schema), schema["description"])
 
     return walk(config, "")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,76 +11,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLAIN, fresh_weights, make_trainer
+from federations import assert_equal_states
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from orders import ALL_T, SKIP_ALL, assert_equal_moments, differ, make_order, taa, train
 from torch import nn
 
-from ret_fl.config import RunConfig, Scalar
+from ret_fl.config import RunConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.diffusion.objective import make_scheduler
 from ret_fl.protocol import State, TrainOrder
 from ret_fl.proxy import ProxyDivergedError, TrainedProxy, learning_rate, round_seed, train_proxy, visit_plan
-from ret_fl.proxystate import Moments, ProxyFiles, ProxyState
+from ret_fl.proxystate import ProxyFiles
 
 Tiny = Callable[..., RunConfig]
-
-ALL_T: dict[str, Scalar] = {"agc.t-max": 1000}
-SKIP_ALL = 1e9
-"""A bank value no loss comes near: AGC skips everything below t-max."""
-
-
-def make_order(config: RunConfig, *, round: int = 1, bank: float = 0.0, **changes: object) -> TrainOrder:
-    ids = np.arange(3, 3 + 20, dtype=np.int64)
-    cells = config.agc.bins or config.diffusion.timesteps
-    order = TrainOrder(
-        config=config,
-        run_key="test",
-        fingerprint=load_splits(config.data).train.fingerprint,
-        shard=1,
-        round=round,
-        proxy_round=round - 1,
-        start="global",
-        upload=True,
-        ids=ids,
-        probability=np.ones(len(ids), np.float32),
-        strength=np.zeros(len(ids), np.float32),
-        log_ratio=np.full(len(ids), np.nan, np.float32),
-        bank_values=np.full(cells, bank, np.float32),
-        bank_visits=np.full(cells, 100 if bank else 0, np.int64),
-    )
-    return replace(order, **changes)  # type: ignore[arg-type]
-
-
-def train(
-    config: RunConfig,
-    order: TrainOrder | None = None,
-    weights: State | None = None,
-    state: ProxyState | None = None,
-    device: str = "cpu",
-) -> TrainedProxy:
-    data = load_splits(config.data)
-    start = fresh_weights(config) if weights is None else weights
-    return train_proxy(make_trainer(config, device), order or make_order(config), start, data.train, data.kind, state)
-
-
-def assert_equal_states(left: State, right: State) -> None:
-    assert left.keys() == right.keys()
-    different = [name for name in left if not np.array_equal(left[name], right[name])]
-    assert not different
-
-
-def differ(left: State, right: State) -> bool:
-    return any(not np.array_equal(left[name], right[name]) for name in left)
-
-
-def assert_equal_moments(left: Moments, right: Moments) -> None:
-    assert left.updates == right.updates
-    for mine, theirs in ((left.first, right.first), (left.second, right.second)):
-        assert mine.keys() == theirs.keys()
-        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-
 
 # --- the same as a plain loop -----------------------------------------------------------------------------------
 
@@ -335,75 +279,6 @@ def test_nobody_is_called_memorized_where_nothing_was_skipped(tiny: Tiny) -> Non
     assert len(report.high_loss) > 0
 
 
-# --- TAA --------------------------------------------------------------------------------------------------------
-
-
-def taa(mode: str, **more: Scalar) -> Mapping[str, Scalar]:
-    return ALL_T | {"taa.mode": mode} | {f"taa.{key}": value for key, value in more.items()}
-
-
-def test_next_visit_raises_the_strength_of_what_was_nearly_skipped(tiny: Tiny) -> None:
-    config = tiny(taa("next-visit", momentum=0.25))
-    skipped = train(config, make_order(config, bank=SKIP_ALL)).report
-    np.testing.assert_allclose(skipped.strength, 0.75)
-    far = train(config, make_order(config, bank=1e-6)).report
-    assert (far.strength == 0).all()
-    between = train(config, make_order(config, bank=1.0)).report.strength
-    assert ((between > 0) & (between <= 0.75)).all()
-    assert len(np.unique(between)) > 5
-
-
-def test_next_visit_augments_by_the_strength_the_order_carries(tiny: Tiny) -> None:
-    config = tiny(taa("next-visit", magnitude=30.0))
-    strong = np.ones(20, np.float32)
-    plain, augmented = (train(config, make_order(config, strength=s)) for s in (0 * strong, strong))
-    assert differ(plain.weights, augmented.weights)
-    assert plain.report.images == augmented.report.images == 20
-
-
-def test_two_pass_band_trains_clean_where_losses_are_far_from_the_threshold(tiny: Tiny) -> None:
-    config, off = tiny(taa("two-pass-band")), tiny(ALL_T)
-    far = train(config, make_order(config))
-    assert_equal_states(far.weights, train(off).weights)
-    assert far.report.images == 20
-
-
-def test_two_pass_band_redraws_augmented_what_is_in_the_band(tiny: Tiny) -> None:
-    config = tiny(taa("two-pass-band", bar=1e12))  # the band holds every kept loss
-    trained = train(config, make_order(config, bank=1.0))
-    drawn = int(trained.report.visits.sum())
-    kept, redrawn = drawn - int(trained.report.skips.sum()), trained.report.images - drawn
-    assert 0 < redrawn <= kept < redrawn + 4  # less than half a batch is let go at the end
-    assert trained.state.moments.updates == -(-redrawn // 8)  # no clean step, then the redraws in batches of 8
-
-
-def test_two_pass_band_sees_no_more_images_than_other_modes(tiny: Tiny) -> None:
-    config = tiny(taa("two-pass-band", bar=1e12), {"local-epochs": 10})
-    report = train(config, make_order(config, bank=1.0)).report
-    assert report.visits.sum() < 200 <= report.images < 200 + 2 * 8
-
-
-@pytest.mark.parametrize("mode", ["next-visit", "two-pass-band"])
-def test_taa_leaves_timesteps_alone_that_agc_does_not_gate(tiny: Tiny, mode: str) -> None:
-    config = tiny(taa(mode), {"agc.t-max": 1})
-    trained = train(config, make_order(config, bank=SKIP_ALL))
-    assert trained.report.images == 20
-    assert (trained.report.strength == 0).all()
-    assert trained.state.moments.updates == 3
-
-
-def test_two_pass_all_trains_only_on_augmented_redraws(tiny: Tiny) -> None:
-    config = tiny(taa("two-pass-all"))
-    trained = train(config, make_order(config, bank=1.0))
-    kept, images = 20 - int(trained.report.skips.sum()), trained.report.images
-    assert 0 < images <= kept < images + 4
-    assert trained.state.moments.updates == -(-images // 8)
-    assert trained.report.visits.sum() == 20
-    nothing = train(config, make_order(config, bank=SKIP_ALL))
-    assert nothing.report.images == 0
-    assert_equal_states(nothing.weights, fresh_weights(config))
-
-
 # --- hygiene ----------------------------------------------------------------------------------------------------
 
 
@@ -452,68 +327,3 @@ def test_a_gpu_trains_the_same_proxy(tiny: Tiny) -> None:
     assert one.report.moments == "carried"
     # the CPU draws other noise: the same kind of step, not the same step
     assert one.state.moments.updates == other.state.moments.updates
-
-
-# --- what a client keeps ----------------------------------------------------------------------------------------
-
-
-def a_state(*, weights: bool = True) -> ProxyState:
-    g = torch.Generator().manual_seed(0)
-    shape = (3, 2, 4, 4)
-    strange = torch.randn(shape, generator=g).to(memory_format=torch.channels_last)
-    moments = Moments(step=12, updates=9, first={"a.b": strange}, second={"a.b": torch.rand(shape, generator=g)})
-    own = {"raw.a": np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32), "ema.a": np.zeros((), np.float32)}
-    return ProxyState(moments, own if weights else None)
-
-
-@pytest.mark.parametrize("weights", [True, False])
-def test_a_kept_proxy_comes_back_exactly(tmp_path: Path, weights: bool) -> None:
-    state = a_state(weights=weights)
-    ProxyFiles(tmp_path, "run").save(2, 7, state, keep=1)
-    back = ProxyFiles(tmp_path, "run").load(2, 7)
-    assert back is not None
-    assert back.moments.step == 12
-    assert_equal_moments(back.moments, state.moments)
-    if weights:
-        assert back.weights is not None
-        assert_equal_states(back.weights, state.weights or {})
-    else:
-        assert back.weights is None
-
-
-def test_a_kept_proxy_is_found_by_its_own_run_shard_and_round_alone(tmp_path: Path) -> None:
-    ProxyFiles(tmp_path, "run").save(2, 7, a_state(), keep=1)
-    found = [ProxyFiles(tmp_path, run).load(s, r) for run, s, r in (("other", 2, 7), ("run", 1, 7), ("run", 2, 6))]
-    assert found == [None, None, None]
-
-
-def test_old_rounds_are_dropped_by_shard(tmp_path: Path) -> None:
-    files = ProxyFiles(tmp_path, "run")
-    files.save(0, 1, a_state(), keep=2)
-    for number in range(1, 6):
-        files.save(1, number, a_state(), keep=2)
-    assert [number for number in range(1, 6) if files.load(1, number)] == [3, 4, 5]
-    assert files.load(0, 1) is not None
-    assert sorted(p.suffix for p in tmp_path.rglob("*") if p.is_file()) == [".safetensors"] * 4
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other"])
-def test_a_damaged_file_is_a_missing_one_and_says_so(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    files = ProxyFiles(tmp_path, "run")
-    files.save(2, 7, a_state(), keep=1)
-    path = next(tmp_path.rglob("*.safetensors"))
-    content = path.read_bytes()
-    if damage == "other":
-        save_file({"x": torch.zeros(1)}, path)
-    else:
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "noise": bytes(range(256))}[damage])
-    with caplog.at_level(logging.WARNING):
-        assert files.load(2, 7) is None
-    assert "shard 2: no usable state of round 7" in caplog.text
-
-
-def test_nothing_is_missed_before_the_first_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert ProxyFiles(tmp_path, "run").load(0, 0) is None
-    assert not caplog.text

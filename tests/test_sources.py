@@ -6,10 +6,10 @@ import logging
 import os
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
+from pictures import assert_disjoint, contents, load, picture, raw
 from PIL import Image
 
 from ret_fl.config import ConfigError, DataConfig
@@ -18,26 +18,6 @@ from ret_fl.data.glyphs import CLASSES, block_group
 from ret_fl.data.sources import DataSplits, load_splits
 
 OFFLINE = ["digits", "mnist", "glyphs", "patches", "faces"]
-load_again = load_splits.__wrapped__  # as a second process would: past the lru_cache
-
-
-def load(**settings: object) -> DataSplits:
-    return load_again(DataConfig(**settings))
-
-
-def contents(splits: DataSplits) -> list[set[int]]:
-    stores = [splits.train, splits.held_out] + ([splits.reference] if splits.reference else [])
-    return [set(store.content_hashes.tolist()) for store in stores]
-
-
-def assert_disjoint(splits: DataSplits) -> None:
-    sets = contents(splits)
-    assert len(set.union(*sets)) == sum(map(len, sets))
-
-
-def picture(seed: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
 
 
 @pytest.fixture
@@ -187,13 +167,8 @@ def test_sub_folders_are_classes_and_pixels_are_kept(folder: Path) -> None:
     splits = from_folder(folder, reference=False, held_out=0)
     assert splits.train.num_classes == 2 and splits.train.labels is not None
     assert splits.train.image_shape == (3, 12, 12) and splits.kind == "photo"
-    stored = {(int(label), image.numpy().tobytes()) for label, image in zip(*_raw(splits), strict=True)}
+    stored = {(int(label), image.numpy().tobytes()) for label, image in zip(*raw(splits), strict=True)}
     assert stored == {(i % 2, np.asarray(picture(i)).transpose(2, 0, 1).tobytes()) for i in range(20)}
-
-
-def _raw(splits: DataSplits) -> tuple[torch.Tensor, torch.Tensor]:
-    assert splits.train.labels is not None
-    return splits.train.labels, (splits.train.unit() * 255).round().to(torch.uint8)
 
 
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
@@ -322,96 +297,3 @@ def test_a_cache_that_cannot_be_made_names_the_setting(folder: Path) -> None:
     (folder.parent / "file").touch()
     with pytest.raises(ConfigError, match=r"set data\.cache-dir"):
         from_folder(folder, cache_dir=str(folder.parent / "file" / "cache"))
-
-
-# --- hf ------------------------------------------------------------------------------------------------------------
-
-
-def table(count: int = 20) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-    rows = {"image": [picture(i) for i in range(count)], "label": [i % 2 for i in range(count)]}
-    return datasets.Dataset.from_dict(rows, features=features)
-
-
-def from_hf(path: Path | str, tmp_path: Path, **settings: object) -> DataSplits:
-    fixed = {"source": "hf", "path": str(path), "cache_dir": str(tmp_path / "cache"), "held_out": 0, "reference": False}
-    return load(**(fixed | settings))
-
-
-def assert_is_table(splits: DataSplits) -> None:
-    stored = {(int(label), image.numpy().tobytes()) for label, image in zip(*_raw(splits), strict=True)}
-    assert stored == {(i % 2, np.asarray(picture(i)).transpose(2, 0, 1).tobytes()) for i in range(20)}
-
-
-def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
-    table().save_to_disk(tmp_path / "saved")
-    splits = from_hf(tmp_path / "saved", tmp_path)
-    assert_is_table(splits)
-    assert splits.train.num_classes == 3  # as declared, though only two occur
-    assert_disjoint(from_hf(tmp_path / "saved", tmp_path, held_out=0.2, reference=True))
-
-
-def test_a_split_of_a_saved_dataset_is_chosen_by_name(tmp_path: Path) -> None:
-    datasets.DatasetDict({"train": table(), "test": table(5)}).save_to_disk(str(tmp_path / "saved"))
-    assert len(from_hf(tmp_path / "saved", tmp_path).train) == 20
-    assert len(from_hf(tmp_path / "saved", tmp_path, split="test").train) == 5
-    with pytest.raises(ConfigError, match=r"data\.split: .*\['test', 'train'\], not 'validation'"):
-        from_hf(tmp_path / "saved", tmp_path, split="validation")
-
-
-def test_parquet_is_read_as_file_folder_and_glob(tmp_path: Path) -> None:
-    (tmp_path / "table").mkdir()
-    table().select(range(12)).to_parquet(tmp_path / "table" / "train-0.parquet")
-    assert len(from_hf(tmp_path / "table" / "train-0.parquet", tmp_path).train) == 12
-    table().select(range(12, 20)).to_parquet(tmp_path / "table" / "train-1.parquet")
-    assert_is_table(from_hf(tmp_path / "table", tmp_path))
-    assert_is_table(from_hf(tmp_path / "table" / "*.parquet", tmp_path))
-    with pytest.raises(ConfigError, match=r"data\.split=test"):
-        from_hf(tmp_path / "table", tmp_path, split="test")
-
-
-def test_columns_of_any_name_and_string_classes_are_read(tmp_path: Path) -> None:
-    plain = table().rename_column("image", "img").remove_columns("label")
-    plain.add_column("kind", ["cat" if i % 2 else "ant" for i in range(20)]).to_parquet(tmp_path / "t.parquet")
-    splits = from_hf(tmp_path / "t.parquet", tmp_path, image_column="img", label_column="kind")
-    assert_is_table(splits)
-    assert from_hf(tmp_path / "t.parquet", tmp_path, image_column="img").train.labels is None
-    with pytest.raises(ConfigError, match=r"data\.image-column: no 'image' among \['img', 'kind'\]"):
-        from_hf(tmp_path / "t.parquet", tmp_path)
-    plain.add_column("number", list(range(20))).to_parquet(tmp_path / "n.parquet")
-    with pytest.raises(ConfigError, match=r"data\.image-column: 'number' does not hold images"):
-        from_hf(tmp_path / "n.parquet", tmp_path, image_column="number")
-
-
-def test_a_corrupt_row_is_named_and_skipped(tmp_path: Path) -> None:
-    rows = table().cast_column("image", datasets.Image(decode=False)).to_list()
-    rows[3]["image"] = {"bytes": b"broken", "path": None}
-    rows[7]["image"] = None
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
-    splits = from_hf(tmp_path / "saved", tmp_path)
-    assert splits.unreadable == ("row 3", "row 7") and len(splits.train) == 18
-    with pytest.raises(ConfigError, match=r"cannot read row 3"):
-        from_hf(tmp_path / "saved", tmp_path, on_corrupt="refuse")
-
-
-def test_a_cached_saved_dataset_needs_no_decoding_until_it_changes(tmp_path: Path) -> None:
-    table().save_to_disk(tmp_path / "saved")
-    from_hf(tmp_path / "saved", tmp_path)
-    (entry,) = (tmp_path / "cache").glob("*.npy")
-    from_hf(tmp_path / "saved", tmp_path)
-    assert list((tmp_path / "cache").glob("*.npy")) == [entry]
-    table(10).save_to_disk(tmp_path / "saved")
-    assert len(from_hf(tmp_path / "saved", tmp_path).train) == 10
-
-
-def test_a_path_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    for path, message in [
-        ("", r"needs data\.path"),
-        (str(tmp_path / "missing"), r"does not exist"),
-        (str(tmp_path / "*.parquet"), r"no file matches"),
-        (str(tmp_path / "other"), r"set data\.source=image-folder"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            from_hf(path, tmp_path)

@@ -1,0 +1,136 @@
+"""Nodes with other data are refused, too few are waited for, a dead one's shard goes to a living one."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Federation
+from federations import Recorder, assert_equal_states
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from PIL import Image
+
+from ret_fl.config import RunConfig, Scalar
+from ret_fl.data.sources import load_splits
+from ret_fl.protocol import (
+    pack_state,
+)
+from ret_fl.strategy import FederationError
+
+Tiny = Callable[..., RunConfig]
+Federate = Callable[..., Federation]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """24 grey PNGs of 8x8 in 2 classes."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "pictures" / f"class{i % 2}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def from_pictures(tiny: Tiny, pictures: Path, tmp_path: Path) -> RunConfig:
+    source: dict[str, Scalar] = {"data.source": "image-folder", "data.path": str(pictures), "data.limit": 0}
+    return tiny(source, {"data.cache-dir": str(tmp_path / "cache"), "num-server-rounds": 1})
+
+
+def test_a_node_with_one_other_image_stops_the_run_before_training(
+    from_pictures: RunConfig, federate: Federate, pictures: Path
+) -> None:
+    copy = pictures.parent / "copy"
+    shutil.copytree(pictures, copy)
+    changed = copy / "class1" / "13.png"
+    pixels = np.array(Image.open(changed))
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(changed)
+    fed = federate(from_pictures)
+    fed.grid.contexts[3].node_config["data-path"] = str(copy)
+    with pytest.raises(FederationError) as stop:
+        fed.run()
+    own = load_splits(from_pictures.data).train.fingerprint
+    other = load_splits(from_pictures.data.model_copy(update={"path": str(copy)})).train.fingerprint
+    assert own != other
+    for words in (own[:16], other[:16], "partition 1", "data.path"):
+        assert words in str(stop.value)
+    assert not fed.rounds
+
+
+def test_a_node_with_the_same_images_elsewhere_takes_part(
+    from_pictures: RunConfig, federate: Federate, pictures: Path
+) -> None:
+    copy = pictures.parent / "copy"
+    shutil.copytree(pictures, copy)
+    fed = federate(from_pictures)
+    fed.grid.contexts[3].node_config["data-path"] = str(copy)
+    final = fed.run()
+    assert_equal_states(final, federate(from_pictures).run())
+
+
+def test_a_node_that_gets_an_order_about_other_data_refuses_it(
+    from_pictures: RunConfig, federate: Federate, pictures: Path
+) -> None:
+    fed = federate(from_pictures)
+    fed.strategy.roster.greet(fed.grid)
+    fed.strategy.fingerprint = "0" * 64
+    messages = list(fed.strategy.configure_train(1, pack_state(fed.start), ConfigRecord(), fed.grid))
+    reply = next(iter(fed.grid.send_and_receive(messages)))
+    assert reply.has_error()
+    assert "0" * 16 in reply.error.reason
+    assert load_splits(from_pictures.data).train.fingerprint[:16] in reply.error.reason
+
+
+def test_too_few_clients_end_the_wait(tiny: Tiny, federate: Federate) -> None:
+    with pytest.raises(FederationError, match=r"2 of min-nodes=3.*wait-seconds"):
+        federate(tiny({"min-nodes": 3})).run()
+
+
+def test_clients_that_cannot_even_greet_are_waited_for_and_named(
+    tiny: Tiny, federate: Federate, flower_log: pytest.LogCaptureFixture
+) -> None:
+    def broken(message: Message, context: Context) -> Message:
+        raise OSError("no such folder")
+
+    with flower_log.at_level(logging.WARNING), pytest.raises(FederationError, match="0 of min-nodes=1"):
+        federate(tiny(), broken).run()
+    assert "no such folder" in flower_log.text
+
+
+def test_a_dead_nodes_shard_goes_to_a_living_one(tiny: Tiny, federate: Federate) -> None:
+    seen = Recorder()
+    fed = federate(tiny({"num-server-rounds": 2}), seen)
+    whole = federate(tiny({"num-server-rounds": 2, "state-dir": str(tiny().state_dir) + "-other"})).run()
+    note = fed._note
+
+    def dies(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round == 1:
+            del fed.grid.contexts[3]
+        return note(server_round, arrays)
+
+    fed._note = dies  # type: ignore[method-assign]
+    final = fed.run()
+    assert [node for node, order in seen.orders if order.round == 2] == [2, 2]
+    assert_equal_states(final, whole)  # the same folder of proxies: nothing is lost
+
+
+def test_without_any_living_node_the_run_stops(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny())
+    fed.strategy.roster.greet(fed.grid)
+    fed.grid.contexts.clear()
+    with pytest.raises(FederationError, match="0 of min-nodes=1"):
+        fed.strategy.configure_train(1, pack_state(fed.start), ConfigRecord(), fed.grid)
+
+
+def test_what_clients_answered_is_said_when_too_few_come(tiny: Tiny, federate: Federate) -> None:
+    def client(message: Message, context: Context) -> Message:
+        raise FileNotFoundError("photos is not a folder")
+
+    with pytest.raises(FederationError, match="photos is not a folder"):
+        federate(tiny(), client).run()
