@@ -168,3 +168,9 @@ def test_a_pickled_or_missing_file_is_refused(tmp_path: Path) -> None:
             partition(4, None, 0, 2, PartitionConfig(scheme="file", path=str(tmp_path / name)), 0)
     with pytest.raises(ConfigError, match=r"needs a \.npy or \.json file"):
         partition(4, None, 0, 2, PartitionConfig(scheme="file"), 0)
+
+
+def test_shards_by_speed_are_equal_until_speeds_are_known() -> None:
+    """`ret-fl run` and `ret-fl doctor` deal the data to check it, before any node has come."""
+    sizes = np.bincount(partition(10, None, 0, 3, PartitionConfig(sizes="speed"), 0))
+    assert sizes.tolist() == [4, 3, 3]

@@ -99,7 +99,7 @@ def interval_figure(rows: Sequence[tuple[str, Interval, str]]) -> Figure:
         for i, (_, share, colour) in enumerate(rows):
             axes.errorbar(share.value, i, xerr=error_bars(share), fmt="o", color=colour, ms=6, lw=2, capsize=3)
         axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
-        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="share of copies (square-root axis)")
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="copies (square-root axis)")
         share_axis(axes, 1.15 * max(share.high for _, share, _ in rows), apart=0.25)  # long labels leave little room
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
