@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +24,36 @@ from ret_fl.settings import new_run
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
-Victim = Callable[[LocalFederation], psutil.Process]
+Victim = Callable[[LocalFederation, float], psutil.Process]
 
 
-def a_supernode(running: LocalFederation) -> psutil.Process:
+def a_supernode(running: LocalFederation, since: float) -> psutil.Process:
     name = next(n for n in running.processes if n.startswith("SuperNode"))
     return psutil.Process(running.processes.pop(name).pid)
 
 
-def a_client(running: LocalFederation) -> psutil.Process:
-    """The process in which a SuperNode runs its ClientApp; those of earlier rounds linger as zombies."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for name, process in running.processes.items():
-            if name.startswith("SuperNode"):
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    with suppress(psutil.NoSuchProcess):
-                        if "clientapp" in child.name() and child.status() != psutil.STATUS_ZOMBIE:
-                            return child
-        time.sleep(0.05)
-    raise AssertionError("no ClientApp process came up")
+def a_client(running: LocalFederation, since: float) -> psutil.Process:
+    """The process, begun after `since`, in which a SuperNode's ClientApp has worked longest."""
+    found = [
+        child
+        for name, process in running.processes.items()
+        if name.startswith("SuperNode")
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "clientapp" in child.name() and child.create_time() > since
+    ]
+    assert found, "no ClientApp process came up"
+    return max(found, key=lambda process: process.cpu_times().user)
 
 
 def kill_after_round(running: LocalFederation, run: RunDir, round: int, victim: Victim, killed: list[int]) -> None:
     while len(run.rows()) < round:
         time.sleep(0.1)
-    time.sleep(3)  # the next round's orders go out
-    found = victim(running)
+    since = time.time()
+    # a client says so when it begins to train; one killed while it starts is started again by Flower
+    training = f"no usable state of round {round} here"
+    while training not in (run.path / "flower.log").read_text(errors="replace"):
+        time.sleep(0.1)
+    found = victim(running, since)
     for process in [*found.children(recursive=True), found]:
         process.send_signal(signal.SIGKILL)
     killed.append(found.pid)
@@ -61,7 +63,7 @@ def kill_after_round(running: LocalFederation, run: RunDir, round: int, victim: 
 def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, victim: Victim) -> None:
     settings: dict[str, Scalar] = TINY | {
         "num-server-rounds": 3,
-        "local-epochs": 20,
+        "local-epochs": 400,
         "wait-seconds": 120,
         # every node keeps its moments on a disk of its own: a stand-in has none of them
         "optimizer.carry-moments": False,
