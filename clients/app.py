@@ -7,15 +7,18 @@ A node may be started with its own settings (`flower-supernode --node-config`), 
 from __future__ import annotations
 
 from functools import lru_cache
+from logging import INFO
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 
 from ret_fl.config import RunConfig
 from ret_fl.data.partition import BY_SPEED
 from ret_fl.devices import resolve_device
+from ret_fl.events import as_text
 from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
 from ret_fl.proxy import ProxyTrainer, train_proxy
@@ -95,7 +98,12 @@ def train(message: Message, context: Context) -> Message:
     samples = access.samples(order)
     files = ProxyFiles(Path(config.state_dir) if config.state_dir else user_cache("proxies"), order.run_key)
     state = files.load(order.shard, order.proxy_round)
+    where = {"run": context.run_id, "round": order.round, "shard": order.shard, "node": context.node_id}
+    log(INFO, "%s", as_text("order begun", where | {"samples": len(order.ids)}))
     trained = train_proxy(_trainer(config, known), order, weights, samples, known.kind, state)
     if config.optimizer.carry_moments or not order.upload:
         files.save(order.shard, order.round, trained.state, keep=config.keep_checkpoints)
+    told = trained.report
+    done = {"images": told.images, "seconds": told.seconds, "loss": told.loss, "skip_rate": told.skip_rate}
+    log(INFO, "%s", as_text("order done", where | done))
     return Message(trained.report.pack(trained.weights if order.upload else None), reply_to=message)

@@ -13,10 +13,10 @@ from logging import WARNING
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from ret_fl.events import ANSWERED, FAILED, SENT
 from ret_fl.roster import Roster
 
 PULL_SECONDS = 0.2
@@ -78,6 +78,7 @@ class Errand:
 class Phase:
     """The errands of a phase. judge: why a reply without error is unfit, or None; work: images to train, by shard."""
 
+    round: int
     errands: dict[int, Errand]
     judge: Callable[[int, Message], str | None]
     work: dict[int, int]
@@ -123,7 +124,7 @@ class Dispatcher(Grid):
         errands = list(phase.errands.values())
         for errand, message in zip(errands, messages, strict=True):
             errand.messages = [message]  # strategies around ours may have made another of it
-        self._send(errands)
+        self._send(phase, errands)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         looked = time.monotonic()
         while waiting := [e for e in errands if e.open]:
@@ -138,7 +139,7 @@ class Dispatcher(Grid):
                 time.sleep(PULL_SECONDS)
         return [e.reply for e in errands if e.reply is not None]
 
-    def _send(self, errands: list[Errand]) -> None:
+    def _send(self, phase: Phase, errands: list[Errand]) -> None:
         """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
         messages = [e.messages[-1] for e in errands]
         ids: list[str | None] = list(self.grid.push_messages(messages))
@@ -146,15 +147,23 @@ class Dispatcher(Grid):
             ids = [next(iter(self.grid.push_messages([message])), None) for message in messages]
         for errand, message, message_id in zip(errands, messages, ids, strict=True):
             errand.sent_at = time.monotonic()
+            node = message.metadata.dst_node_id
             if message_id is None:
-                errand.failures.append("Flower could not send the order")
+                self._note_failure(phase, errand, node, "Flower could not send the order")
             else:
-                errand.asked[message_id] = message.metadata.dst_node_id
+                errand.asked[message_id] = node
+                self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
 
-    def _send_again(self, errand: Errand, node: int) -> None:
-        log(WARNING, "shard %d goes to node %d", errand.shard, node)
+    def _note(self, event: str, phase: Phase, errand: Errand, node: int, **more: object) -> None:
+        self.roster.journal.note(event, round=phase.round, shard=errand.shard, node=node, **more)  # type: ignore[arg-type]
+
+    def _note_failure(self, phase: Phase, errand: Errand, node: int, why: str) -> None:
+        errand.failures.append(why)
+        self._note(FAILED, phase, errand, node, level=WARNING, why=why)
+
+    def _send_again(self, phase: Phase, errand: Errand, node: int) -> None:
         errand.again(node)
-        self._send([errand])
+        self._send(phase, [errand])
 
     def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
@@ -171,18 +180,19 @@ class Dispatcher(Grid):
                 self._failed(phase, errand, node, why, same_node=False)
             else:
                 errand.reply, errand.answered_by = reply, node
-                self.roster.answered(node, phase.work[errand.shard], time.monotonic() - errand.sent_at)
+                seconds = time.monotonic() - errand.sent_at
+                self._note(ANSWERED, phase, errand, node, seconds=seconds)
+                self.roster.answered(node, phase.work[errand.shard], seconds)
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
-        errand.failures.append(why)
-        log(WARNING, "shard %d on node %d: %s", errand.shard, node, why)
+        self._note_failure(phase, errand, node, why)
         if errand.asked:
             return  # another node is at it already
         to = self.roster.stand_in(errand.nodes, self.grid)
         if to is None and same_node and node in self.roster.alive(self.grid):
             to = node
         if to is not None and len(errand.messages) <= self.retries:
-            self._send_again(errand, to)
+            self._send_again(phase, errand, to)
 
     def _look_after(self, phase: Phase) -> None:
         """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
@@ -199,9 +209,8 @@ class Dispatcher(Grid):
             # a node that was restarted has lost the order it had, and does not say so
             to = node if to is None and node in alive else to
             if to is not None and len(errand.messages) <= self.retries:
-                errand.failures.append(why)
-                log(WARNING, "shard %d on node %d: %s", errand.shard, node, why)
-                self._send_again(errand, to)
+                self._note_failure(phase, errand, node, why)
+                self._send_again(phase, errand, to)
 
     def _too_late(self, phase: Phase, errand: Errand) -> bool:
         usual = self.roster.usual_seconds(errand.nodes[-1], phase.work[errand.shard])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from logging import INFO, WARNING
+from logging import WARNING
 
 from flwr.app import Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from ret_fl.config import RunConfig
+from ret_fl.events import BACK, GONE, JOINED, REFUSED, Journal
 from ret_fl.protocol import Hello, ProtocolError
 
 POLL_SECONDS = 1.0
@@ -32,19 +33,22 @@ class FederationError(RuntimeError):
 class Roster:
     """Nodes that have introduced themselves with the right data, and how fast each trains.
 
-    nodes: what each said of itself. refused: nodes with other data. unwell: why a node could not introduce itself.
-    speed: images a second of training, measured. turnaround: seconds an image from order to answer, at worst. home: the
-    node that trained a shard last, which has its moments.
+    journal: where it is told. nodes: what each said of itself. gone: those that Flower no longer hears from. refused:
+    nodes with other data. unwell: why a node could not introduce itself. speed: images a second of training, measured.
+    turnaround: seconds an image from order to answer, at worst. home: the node that trained a shard last, which has its
+    moments.
     """
 
     config: RunConfig
     fingerprint: str
+    journal: Journal = field(default_factory=Journal)
     nodes: dict[int, Hello] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
     unwell: dict[int, str] = field(default_factory=dict)
     speed: dict[int, float] = field(default_factory=dict)
     turnaround: dict[int, float] = field(default_factory=dict)
     home: dict[int, int] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
 
     def greet(self, grid: Grid) -> None:
         """Ask every unknown node who it is; wait until `min-nodes` with the right data are there.
@@ -71,7 +75,7 @@ class Roster:
         self.nodes[node] = hello
         if hello.images_per_second > 0:
             self.speed[node] = hello.images_per_second
-        log(INFO, "node %d: partition %d on %s, same data", node, hello.partition, hello.device)
+        self.journal.note(JOINED, node=node, partition=hello.partition, device=hello.device, samples=hello.samples)
 
     def _too_few(self, there: int) -> str:
         said = "".join(f". Node {node} answered: {why}" for node, why in self.unwell.items())
@@ -106,12 +110,20 @@ class Roster:
                 self._welcome(node, hello)
             else:
                 self.refused.add(node)
-                log(WARNING, "node %d joins with other data (%s) and is left out", node, hello.fingerprint[:16])
+                self.journal.note(
+                    REFUSED, node=node, level=WARNING, why=f"it has other data: fingerprint {hello.fingerprint[:16]}"
+                )
         return self.alive(grid)
 
     def alive(self, grid: Grid) -> list[int]:
         """Known nodes that Flower still hears from, by partition."""
         there = set(grid.get_node_ids())
+        gone = {n for n in self.nodes if n not in there}
+        for node in sorted(gone - self.gone):
+            self.journal.note(GONE, node=node, level=WARNING)
+        for node in sorted(self.gone - gone):
+            self.journal.note(BACK, node=node)
+        self.gone = gone
         return sorted((n for n in self.nodes if n in there), key=lambda n: (self.nodes[n].partition, n))
 
     def wait_for_enough(self, grid: Grid) -> list[int]:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ret_fl.config import ConfigError, RunConfig
+from ret_fl.events import read_lines
 from ret_fl.files import write_atomically
 
 
 class RunDir:
-    """config.json, metrics.jsonl, ledger.npz, checkpoints/, final/, pictures, tb/, audit/, summary.md."""
+    """config.json, metrics.jsonl, events.jsonl, ledger.npz, checkpoints/, final/, pictures, tb/, audit/, summary.md."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.ledger = self.path / "ledger.npz"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
@@ -68,7 +70,4 @@ class RunDir:
 
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl, a dict a finished round; a half-written last line is left out."""
-        if not self.metrics.is_file():
-            return []
-        lines = self.metrics.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        return read_lines(self.metrics)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ret_fl.config import ConfigError, describe
+from ret_fl.events import MOVED, read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import describe_row
 from ret_fl.rundir import RunDir
@@ -85,7 +86,20 @@ def show_sample(path: Path, sample: int) -> None:
     if sample >= len(ledger):
         raise ConfigError(f"--sample {sample}: the data has samples 0..{len(ledger) - 1}")
     _, shard, ratio, visits, skipped = _row(ledger, sample)
-    Console(highlight=False).print(
+    console = Console(highlight=False)
+    console.print(
         f"sample {sample} is in shard {shard}; visited {visits} times, skipped {skipped} of them; mean log-ratio "
         f"{ratio} (below 0: fitted better than its shard); visited with probability {ledger.probability[sample]:.2f}"
     )
+    for round, source, target in _journey(RunDir.existing(path), sample):
+        console.print(f"after round {round} it went from shard {source} to shard {target}")
+
+
+def _journey(run: RunDir, sample: int) -> list[tuple[int, int, int]]:
+    """Where a sample went: (after which round, from shard, to shard), in order; rounds done again count once."""
+    moves = {
+        e["round"]: (e["round"], e["shard"], e["to"])
+        for e in read_lines(run.events)
+        if e["event"] == MOVED and sample in e["ids"]
+    }
+    return [moves[round] for round in sorted(moves)]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
+from ret_fl.events import FAILED, MOVED, ROUND, TRAINED
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
 from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, payload_bytes
 from ret_fl.proxy import round_seed
@@ -143,6 +144,7 @@ class RedistributeEnsemble(Strategy):
         self.policies, self.quarantine = parse_policy(config.redistribution.policy)
         self.shards = banks or self._fresh_shards()
         self.roster = roster or Roster(config, fingerprint)
+        self.journal = self.roster.journal
         self.last: RoundSummary | None = None
         self._open = _Open()
 
@@ -199,7 +201,7 @@ class RedistributeEnsemble(Strategy):
         errands = {shard: Errand(shard, [message]) for shard, message in messages.items()}
         self._open = _Open(round, time.monotonic(), orders, errands, arrays)
         if isinstance(grid, Dispatcher):
-            grid.phase = Phase(errands, self._judge, work)
+            grid.phase = Phase(round, errands, self._judge, work)
         return list(messages.values())
 
     def order(self, round: int, shard: int) -> TrainOrder:
@@ -256,8 +258,15 @@ class RedistributeEnsemble(Strategy):
             shard = self.shards[report.shard]
             shard.bank_values, shard.bank_visits = report.bank_values, report.bank_visits
             shard.proxy_round = round
-            self.roster.trained(report.shard, errands[report.shard].node, report.images, report.seconds)
+            node = errands[report.shard].node
+            self.roster.trained(report.shard, node, report.images, report.seconds)
+            self.journal.note(TRAINED, round=round, shard=report.shard, node=node, images=report.images,
+                              samples=report.num_examples, seconds=report.seconds, loss=report.loss,
+                              skip_rate=report.skip_rate)  # fmt: skip
         moves = self._redistribute(round, reports)
+        for source, target in sorted(set(zip(moves.source.tolist(), moves.target.tolist(), strict=True))):
+            ids = moves.ids[(moves.source == source) & (moves.target == target)].tolist()
+            self.journal.note(MOVED, round=round, shard=source, to=target, count=len(ids), ids=ids)
         fits = shard_fits(reports)
         self.last = RoundSummary(
             round=round,
@@ -273,6 +282,8 @@ class RedistributeEnsemble(Strategy):
             seconds=time.monotonic() - self._open.began,
             gap=fits[0].log_loss - fits[-1].log_loss,
         )
+        self.journal.note(ROUND, round=round, seconds=self.last.seconds, images=sum(r.images for r in reports),
+                          moved=len(moves), quarantined=self.last.quarantined, lost=len(failures))  # fmt: skip
         self._open = _Open()  # the replies' weights need no longer be held
         return arrays, metrics
 
@@ -287,7 +298,6 @@ class RedistributeEnsemble(Strategy):
             self.ledger.check_report(report)
         except (ProtocolError, LedgerError) as error:
             opened.failures[shard] = str(error)
-            log(WARNING, "round %d: reply for shard %d dropped: %s", opened.number, shard, error)
             return str(error)
         opened.sound[shard] = (reply, report, weights)
         return None
@@ -310,7 +320,8 @@ class RedistributeEnsemble(Strategy):
             if shard not in opened.sound:
                 silent = f"no reply within round-timeout={self.config.round_timeout:g} s"
                 failures[shard] = opened.failures.get(shard) or "; ".join(errand.failures) or silent
-                log(WARNING, "round %d: shard %d: %s", opened.number, shard, failures[shard])
+                self.journal.note(FAILED, round=opened.number, shard=shard, node=errand.node, level=WARNING,
+                                  why=failures[shard])  # fmt: skip
         return [opened.sound[shard] for shard in sorted(opened.sound)], failures
 
     def _partition(self, node: int) -> int:

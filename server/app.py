@@ -19,6 +19,7 @@ from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
+from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
@@ -55,7 +56,7 @@ def main(grid: Grid, context: Context) -> None:
     if checkpoint:
         _refuse_other_data(checkpoint, data)
     _warn_of_duplicates(config, data)
-    roster = Roster(config, data.train.fingerprint)
+    roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
     roster.greet(grid)
     if checkpoint:
         strategy, weights = _resumed(config, data, roster, checkpoint)

@@ -1,0 +1,65 @@
+"""`ret-fl status`: a run or a SuperLink, live."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ret_fl.cli_options import stop, wide_console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import RenderableType
+
+
+def status(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_DIR|SUPERLINK", help="A run's folder; or a SuperLink of Flower's config.")
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="Print it once; so it is, too, where there is no terminal.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+) -> None:
+    """How a run is doing now: shards, nodes, their speed, when they were last heard of, losses, skips; Ctrl-C ends it.
+
+    RUN_DIR is read where the server writes it. A SUPERLINK is asked by `flwr`: its last runs and its SuperNodes (the
+    kit's operator folder as FLWR_HOME makes `federation` such a name).
+    """
+    from rich.live import Live
+
+    from ret_fl.config import ConfigError
+    from ret_fl.rundir import RunDir
+    from ret_fl.status import read_status, render, superlink_status
+
+    look: Callable[[], tuple[RenderableType, bool]]
+    if Path(target).expanduser().exists():
+
+        def look() -> tuple[RenderableType, bool]:
+            found = read_status(RunDir.existing(target))
+            return render(found), found.finished
+
+    else:
+
+        def look() -> tuple[RenderableType, bool]:
+            return superlink_status(target), False
+
+    console = wide_console()
+    try:
+        shown, over = look()
+        if once or not console.is_terminal or over:
+            console.print(shown)
+            return
+        with Live(shown, console=console, auto_refresh=False) as live:
+            while not over:
+                time.sleep(every)
+                shown, over = look()
+                live.update(shown, refresh=True)
+    except ConfigError as error:
+        raise stop(error) from None
+    except KeyboardInterrupt:
+        return

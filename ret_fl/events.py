@@ -1,0 +1,67 @@
+"""What happens in a run as it happens: lines of Flower's log, and events.jsonl in the run's folder for programs.
+
+Every entry says which run (Flower's ID, as in `flwr list`), round, shard and node it is about, so that the logs of many
+machines can be brought together by these. `ret-fl status` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from logging import INFO, getLevelName
+from pathlib import Path
+from typing import Any
+
+from flwr.common.logger import log
+
+JOINED, REFUSED, GONE, BACK = "node joined", "node refused", "node gone", "node back"
+SENT, ANSWERED, FAILED, TRAINED = "order sent", "order answered", "order failed", "shard trained"
+ROUND, MOVED = "round finished", "samples moved"
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """Takes events down. path: events.jsonl, or None to log only; run: Flower's run ID."""
+
+    def __init__(self, path: Path | None = None, run: int = 0) -> None:
+        self.path, self.run = path, run
+
+    def note(
+        self,
+        event: str,
+        *,
+        round: int | None = None,
+        shard: int | None = None,
+        node: int | None = None,
+        level: int = INFO,
+        **more: object,
+    ) -> None:
+        """One event. `more` must be JSON; lists go to the file only."""
+        where = {k: v for k, v in (("round", round), ("shard", shard), ("node", node)) if v is not None}
+        log(level, "%s", as_text(event, {"run": self.run} | where | more))
+        if self.path is None:
+            return
+        entry = {"time": time.time(), "level": getLevelName(level), "event": event, "run": self.run} | where | more
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def as_text(event: str, fields: Event) -> str:
+    """An event in one line of a log: 'order sent: run=7 round=2 shard=0 node=5'."""
+    return f"{event}: " + " ".join(f"{key}={_value(value)}" for key, value in fields.items() if key != "ids")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = str(value)
+    return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
+
+
+def read_lines(path: Path) -> list[Event]:
+    """The objects of a .jsonl file that a run is writing, without a half-written last line; none without the file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

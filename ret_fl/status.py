@@ -1,0 +1,247 @@
+"""`ret-fl status`: how a run is doing, from what its server writes; what a SuperLink says of runs and SuperNodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from ret_fl.config import ConfigError
+from ret_fl.engines import flower_environment
+from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, REFUSED, ROUND, SENT, TRAINED, Event, read_lines
+from ret_fl.rundir import RunDir
+
+SILENT_SECONDS = 60.0
+"""How long Flower's command may take to answer."""
+
+
+@dataclass
+class ShardStatus:
+    """What the last events say of a shard. seen: seconds since the Epoch; loss, skip_rate: of its last round."""
+
+    shard: int
+    state: str = "waiting"
+    node: int | None = None
+    samples: int | None = None
+    loss: float | None = None
+    skip_rate: float | None = None
+    seen: float = 0.0
+
+
+@dataclass
+class NodeStatus:
+    """What the last events say of a node. speed: images a second of training. seen: when it last said something."""
+
+    node: int
+    partition: int | None = None
+    device: str = ""
+    gone: bool = False
+    refused: bool = False
+    orders: set[int] = field(default_factory=set)
+    speed: float | None = None
+    seen: float = 0.0
+
+    @property
+    def state(self) -> str:
+        if self.refused:
+            return "refused: other data"
+        if self.gone:
+            return "gone"
+        shards = ", ".join(map(str, sorted(self.orders)))
+        return f"has shard {shards}" if shards else "idle"
+
+
+@dataclass
+class RunStatus:
+    """A run as its events.jsonl and metrics.jsonl tell it."""
+
+    name: str
+    rounds: int
+    done: int
+    finished: bool
+    last: Event | None
+    shards: dict[int, ShardStatus]
+    nodes: dict[int, NodeStatus]
+    seen: float
+    seconds_a_round: float | None
+    failures: list[Event]
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.seconds_a_round is None else self.seconds_a_round * (self.rounds - self.done)
+
+
+def read_status(run: RunDir) -> RunStatus:
+    """The state of a run now. Raises `ConfigError` if its config cannot be read."""
+    config, rows, events = run.read_config(), run.rows(), read_lines(run.events)
+    # a resumed run is another one to Flower, with nodes of its own
+    events = [e for e in events if e["run"] == events[-1]["run"]]
+    shards = {shard: ShardStatus(shard) for shard in range(config.shards)}
+    nodes: dict[int, NodeStatus] = {}
+    for event in events:
+        if "node" in event:
+            _tell_node(nodes.setdefault(event["node"], NodeStatus(event["node"])), event)
+        if event.get("shard") in shards:
+            _tell_shard(shards[event["shard"]], event)
+    seconds = [e["seconds"] for e in events if e["event"] == ROUND][-5:]
+    return RunStatus(
+        name=str(run.path),
+        rounds=config.num_server_rounds,
+        done=rows[-1]["round"] if rows else 0,
+        finished=run.summary.is_file(),
+        last=rows[-1] if rows else None,
+        shards=shards,
+        nodes=nodes,
+        seen=events[-1]["time"] if events else 0.0,
+        seconds_a_round=sum(seconds) / len(seconds) if seconds else None,
+        failures=[e for e in events if e["event"] in (FAILED, REFUSED, GONE)],
+    )
+
+
+def _tell_node(node: NodeStatus, event: Event) -> None:
+    what, shard = event["event"], event.get("shard", -1)
+    if what == JOINED:
+        node.partition, node.device = event["partition"], event["device"]
+    elif what == SENT:
+        node.orders.add(shard)
+    elif what in (ANSWERED, FAILED, TRAINED):
+        node.orders.discard(shard)
+    if what == TRAINED and event["seconds"] > 0:
+        node.speed = event["images"] / event["seconds"]
+    node.refused = node.refused or what == REFUSED
+    node.gone = what == GONE or (node.gone and what in (SENT, FAILED))
+    if what in (JOINED, BACK, ANSWERED, TRAINED):
+        node.seen = event["time"]
+
+
+def _tell_shard(shard: ShardStatus, event: Event) -> None:
+    states = {
+        SENT: f"round {event.get('round')}: ordered" + (" again" if event.get("attempt", 1) > 1 else ""),
+        ANSWERED: f"round {event.get('round')}: answered",
+        TRAINED: f"round {event.get('round')}: trained",
+        FAILED: f"round {event.get('round')}: {event.get('why')}",
+    }
+    if event["event"] not in states:
+        return
+    shard.state, shard.node, shard.seen = states[event["event"]], event["node"], event["time"]
+    if event["event"] == TRAINED:
+        shard.samples, shard.loss, shard.skip_rate = event["samples"], event["loss"], event["skip_rate"]
+
+
+def render(status: RunStatus) -> Group:
+    """The status as tables, ages as of now."""
+    now = time.time()
+    shards = Table(
+        "shard", "node", "samples", "loss", "skipped", "state", "since", title="shards", title_justify="left"
+    )
+    for s in status.shards.values():
+        shards.add_row(
+            str(s.shard), _text(s.node), _text(s.samples), _text(s.loss, ".4f"), _text(s.skip_rate, ".1%"), s.state,
+            _age(now, s.seen),
+        )  # fmt: skip
+    nodes = Table("node", "partition", "device", "images/s", "state", "last seen", title="nodes", title_justify="left")
+    for n in sorted(status.nodes.values(), key=lambda n: (n.partition is None, n.partition)):
+        style = "red" if n.gone or n.refused else None
+        nodes.add_row(
+            str(n.node), _text(n.partition), n.device, _text(n.speed, ",.0f"), n.state, _age(now, n.seen), style=style
+        )
+    failures = [f"  {_age(now, e['time'])} ago: {_failure(e)}" for e in status.failures[-5:]]
+    trouble = [f"{len(status.failures)} failures, the last:", *failures] if failures else []
+    return Group(_headline(status, now), shards, nodes, *trouble)
+
+
+def _failure(event: Event) -> str:
+    where = " ".join(f"{key} {event[key]}" for key in ("round", "shard", "node") if key in event)
+    return f"{where}: {event.get('why', event['event'])}"
+
+
+def _headline(status: RunStatus, now: float) -> str:
+    if status.finished:
+        state = "finished"
+    elif status.done >= status.rounds:
+        state = "trained, images are being drawn"
+    elif not status.seen:
+        state = "not begun"
+    else:
+        left = status.seconds_left
+        state = f"last sign of life {_age(now, status.seen)} ago" + (f", about {_span(left)} left" if left else "")
+    text = f"{status.name}: {status.done} of {status.rounds} rounds, {state}"
+    if status.last:
+        row = status.last
+        text += (
+            f"\nloss {row['loss']:.4f}, skipped {row['skip_rate']:.1%}, moved {row['moved']}, in quarantine "
+            f"{row['quarantined']}, {row['images_per_second']:,.0f} images/s"
+        )
+    return text
+
+
+def _text(value: object, form: str = "") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _age(now: float, then: float) -> str:
+    return _span(now - then) if then else "-"
+
+
+def _span(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def superlink_status(connection: str) -> Group:
+    """Runs and SuperNodes of a SuperLink that Flower's config.toml knows by this name.
+
+    Raises `ConfigError` with what `flwr` said if it does not answer.
+    """
+    runs = _ask(["flwr", "list", connection, "--limit", "10"])["runs"]
+    nodes = _ask(["flwr", "supernode", "list", connection])["nodes"]
+    table = Table("run", "app", "status", "elapsed", "clients' s", "MB", title="runs", title_justify="left")
+    for run in runs:
+        table.add_row(
+            str(run["run-id"]), str(run["fab-name"]), _run_state(run), str(run["elapsed"]),
+            f"{run['compute-time']['clientapp-seconds']:,.0f}", f"{run['network-traffic']['total-bytes'] / 1e6:,.1f}",
+        )  # fmt: skip
+    there = Table("node", "status", "online since", "for", title="SuperNodes", title_justify="left")
+    for node in nodes:
+        online = node["status"] == "online"
+        there.add_row(
+            node["node-id"], node["status"], node["online-at"] if online else "-",
+            node["online-elapsed"] if online else "-", style=None if online else "red",
+        )  # fmt: skip
+    return Group(table, there)
+
+
+def _run_state(run: Mapping[str, Any]) -> str:
+    details = run.get("status-details")
+    return f"{run['status']}: {details}" if details else str(run["status"])
+
+
+def _ask(command: list[str]) -> Mapping[str, Any]:
+    try:
+        done = subprocess.run(
+            [*command, "--format", "json"],
+            env=flower_environment(Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SILENT_SECONDS,
+        )
+        answer = json.loads(done.stdout)
+        if answer.get("success"):
+            return dict(answer)
+        said = answer.get("error-message") or done.stdout
+    except subprocess.TimeoutExpired:
+        said = f"no answer within {SILENT_SECONDS:g} s"
+    except ValueError:
+        said = done.stderr or done.stdout
+    raise ConfigError(f"`{' '.join(command)}`: {' '.join(str(said).split())}")

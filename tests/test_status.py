@@ -1,0 +1,126 @@
+"""`ret-fl status` and the events it reads: what is told of a real run, in its course and at its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, ret_fl, run_server
+from federations import spoiling
+from flwr.app import Context, Error, Message, MessageType
+from flwr.common.constant import ErrorCode
+
+from clients.app import app as client_app
+from ret_fl.config import RunConfig
+from ret_fl.events import ANSWERED, FAILED, JOINED, MOVED, ROUND, SENT, TRAINED, Journal, read_lines
+from ret_fl.ledger import ShardLedger
+from ret_fl.rundir import RunDir
+from ret_fl.status import RunStatus, read_status
+
+
+def exchanging(**changes: object) -> RunConfig:
+    """Three rounds in which samples move after the first and the second."""
+    flat = TINY | {"num-server-rounds": 3, "redistribution.policy": "random", "aggregate-every": 3}
+    return RunConfig.from_flat(flat | changes)  # type: ignore[arg-type]
+
+
+def test_every_order_is_told_from_sending_to_training(tmp_path: Path) -> None:
+    run = run_server(exchanging(), tmp_path / "run")
+    events = read_lines(run.events)
+    assert len({e["run"] for e in events}) == 1
+    joined = {e["node"]: e["partition"] for e in events if e["event"] == JOINED}
+    assert sorted(joined.values()) == [0, 1]
+    for kind in (SENT, ANSWERED, TRAINED):
+        told = [(e["round"], e["shard"]) for e in events if e["event"] == kind]
+        assert told == [(round, shard) for round in (1, 2, 3) for shard in (0, 1)], kind
+        assert {e["node"] for e in events if e["event"] == kind} == set(joined)
+    assert [e["round"] for e in events if e["event"] == ROUND] == [1, 2, 3]
+    assert [e["time"] for e in events] == sorted(e["time"] for e in events)
+
+
+def test_a_samples_way_can_be_followed_through_the_events(tmp_path: Path) -> None:
+    run = run_server(exchanging(), tmp_path / "run")
+    moved = [e for e in read_lines(run.events) if e["event"] == MOVED]
+    assert [row["moved"] for row in run.rows()] == [
+        sum(e["count"] for e in moved if e["round"] == round) for round in (1, 2, 3)
+    ]
+    owner = ShardLedger.load(run.ledger).shard
+    last = {i: e["to"] for e in moved for i in e["ids"]}
+    assert last, "nothing moved"
+    assert all(owner[i] == shard for i, shard in last.items())
+    sample, target = next(iter(last.items()))
+    shown = ret_fl("show", run.path, "--sample", sample).output
+    assert f"to shard {target}" in shown.splitlines()[-1]
+
+
+def test_status_of_a_finished_run_names_its_shards_and_nodes(run_dir: Path) -> None:
+    shown = ret_fl("status", run_dir)
+    assert shown.exit_code == 0, shown.output
+    status = read_status(RunDir.existing(run_dir))
+    last = RunDir.existing(run_dir).rows()[-1]
+    assert status.finished
+    assert (status.done, status.rounds) == (last["round"], last["round"])
+    assert f"{last['round']} of {last['round']} rounds, finished" in shown.output
+    for shard, row in last["shards"].items():
+        found = status.shards[int(shard)]
+        assert (found.loss, found.skip_rate, found.samples) == (row["loss"], row["skip_rate"], row["samples"])
+        assert status.nodes[found.node].partition == row["partition"]  # type: ignore[index]
+        assert f"{row['loss']:.4f}" in shown.output
+
+
+def test_status_in_mid_round_tells_who_is_at_work(tmp_path: Path) -> None:
+    looks: list[RunStatus] = []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and (tmp_path / "run" / "events.jsonl").is_file():
+            looks.append(read_status(RunDir.existing(tmp_path / "run")))
+        return client_app(message, context)
+
+    run_server(RunConfig.from_flat(TINY | {"num-server-rounds": 2}), tmp_path / "run", client)
+    before, later = looks[0], looks[-1]
+    assert (before.done, before.finished, before.seconds_left) == (0, False, None)
+    assert (later.done, later.finished) == (1, False)
+    assert later.seconds_left == pytest.approx(later.seconds_a_round)
+    assert {s.state for s in later.shards.values()} == {"round 1: trained"}
+    assert all(n.speed and not n.orders and n.state == "idle" for n in later.nodes.values())
+
+
+def test_a_failure_is_told_with_its_reason_and_the_second_node(tmp_path: Path) -> None:
+    def fail(request: Message, reply: Message) -> Message:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the GPU is on fire"), reply_to=request)
+
+    failing: Callable[..., Message] = spoiling(0, fail)
+    run = run_server(RunConfig.from_flat(TINY | {"retries": 0, "quorum": 0.5}), tmp_path / "run", failing)
+    (failed,) = [e for e in read_lines(run.events) if e["event"] == FAILED and e["round"] == 1][:1]
+    assert (failed["shard"], failed["level"], failed["why"]) == (0, "WARNING", "the GPU is on fire")
+    shown = ret_fl("status", run.path).output
+    assert "the GPU is on fire" in shown
+
+
+def test_a_half_written_event_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    Journal(path, 7).note(SENT, round=1, shard=0, node=5)
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    assert [e["event"] for e in read_lines(path)] == [SENT]
+
+
+def test_a_log_line_has_run_round_shard_and_node(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    try:
+        Journal(run=7).note(FAILED, round=2, shard=1, node=5, why='no "space" left')
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages[-1] == "order failed: run=7 round=2 shard=1 node=5 why=" + json.dumps('no "space" left')
+
+
+def test_status_of_neither_a_run_nor_a_superlink_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "has no config.json" in ret_fl("status", tmp_path).output
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    shown = ret_fl("status", "no-such-superlink")
+    assert shown.exit_code == 1
+    assert "no-such-superlink" in shown.output
