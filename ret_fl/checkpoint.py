@@ -29,7 +29,7 @@ UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, Safet
 
 
 class CheckpointError(RuntimeError):
-    """There is no checkpoint to go on from."""
+    """A checkpoint cannot be written, or there is none to go on from."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +45,47 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write into `folder` (checkpoints/), drop all but the last `keep`, and return the new checkpoint's path."""
+    """Write into `folder` (checkpoints/), drop all but the last `keep`, and return the new checkpoint's path.
+
+    Raises `CheckpointError` if it cannot be written (a full disk); those that were there stay, and no part is left.
+    """
     final = folder / f"round-{checkpoint.round:05d}"
     temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
-    checkpoint.ledger.save(temporary / "ledger.npz")
+    try:
+        _write(temporary, checkpoint)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        size = sum(value.nbytes for value in checkpoint.weights.values())
+        raise CheckpointError(
+            f"the checkpoint of round {checkpoint.round} cannot be written to {folder}: {error}. It takes about "
+            f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then `ret-fl run "
+            f"--resume {folder.parent}` goes on after the last"
+        ) from error
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    """All files of a checkpoint, flushed to disk."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.weights.items()}, folder / "weights.safetensors")
+    checkpoint.ledger.save(folder / "ledger.npz")
     np.savez(
-        temporary / "banks.npz",
+        folder / "banks.npz",
         values=np.stack([s.bank_values for s in checkpoint.shards]),
         visits=np.stack([s.bank_visits for s in checkpoint.shards]),
         proxy_round=np.array([s.proxy_round for s in checkpoint.shards]),
     )
     state = {"round": checkpoint.round, "run_key": checkpoint.run_key, "fingerprint": checkpoint.fingerprint}
-    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    for file in temporary.iterdir():
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for file in folder.iterdir():
         sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    sync(folder)
-    for old in _folders(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
 
 
 def _folders(folder: Path) -> list[Path]:

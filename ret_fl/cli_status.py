@@ -24,6 +24,10 @@ def status(
         bool, typer.Option("--once", help="Print it once; so it is, too, where there is no terminal.")
     ] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    prometheus: Annotated[
+        str,
+        typer.Option(metavar="[HOST:]PORT", help="Show nothing; answer Prometheus at /metrics there until Ctrl-C."),
+    ] = "",
 ) -> None:
     """How a run is doing now: shards, nodes, their speed, when they were last heard of, losses, skips; Ctrl-C ends it.
 
@@ -50,6 +54,9 @@ def status(
 
     console = wide_console()
     try:
+        if prometheus:
+            _export(target, prometheus)
+            return
         shown, over = look()
         if once or not console.is_terminal or over:
             console.print(shown)
@@ -63,3 +70,21 @@ def status(
         raise stop(error) from None
     except KeyboardInterrupt:
         return
+
+
+def _export(target: str, address: str) -> None:
+    from ret_fl.config import ConfigError
+    from ret_fl.rundir import RunDir
+
+    run = RunDir.existing(target)
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise ConfigError(f"--prometheus takes PORT or HOST:PORT (got {address!r})")
+    try:
+        from ret_fl.prometheus import serve
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "--prometheus needs the package prometheus-client: pip install 'ret-fl[prometheus]'"
+        ) from None
+    typer.echo(f"http://{host or '127.0.0.1'}:{port}/metrics: {run.path}")
+    serve(run, host or "127.0.0.1", int(port))

@@ -50,6 +50,10 @@ class NodeStatus:
     seen: float = 0.0
 
     @property
+    def there(self) -> bool:
+        return not (self.gone or self.refused)
+
+    @property
     def state(self) -> str:
         if self.refused:
             return "refused: other data"
@@ -149,7 +153,7 @@ def render(status: RunStatus) -> Group:
         )  # fmt: skip
     nodes = Table("node", "partition", "device", "images/s", "state", "last seen", title="nodes", title_justify="left")
     for n in sorted(status.nodes.values(), key=lambda n: (n.partition is None, n.partition)):
-        style = "red" if n.gone or n.refused else None
+        style = None if n.there else "red"
         nodes.add_row(
             str(n.node), _text(n.partition), n.device, _text(n.speed, ",.0f"), n.state, _age(now, n.seen), style=style
         )

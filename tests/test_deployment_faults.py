@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,14 +14,16 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, TINY, run_server
+from rich.console import Console
 
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import RunConfig, Scalar
-from ret_fl.deploy.local import LocalFederation, local_federation
-from ret_fl.engines import submit
+from ret_fl.deploy.local import SUPERLINK, LocalFederation, local_federation
+from ret_fl.engines import RunFailedError, submit
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 from ret_fl.settings import new_run
+from ret_fl.status import superlink_status
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
@@ -50,13 +53,64 @@ def kill_after_round(running: LocalFederation, run: RunDir, round: int, victim: 
         time.sleep(0.1)
     since = time.time()
     # a client says so when it begins to train; one killed while it starts is started again by Flower
-    training = f"no usable state of round {round} here"
-    while training not in (run.path / "flower.log").read_text(errors="replace"):
+    training = re.compile(rf"order begun: .*\bround={round + 1}\b")
+    while not training.search((run.path / "flower.log").read_text(errors="replace")):
         time.sleep(0.1)
     found = victim(running, since)
     for process in [*found.children(recursive=True), found]:
         process.send_signal(signal.SIGKILL)
     killed.append(found.pid)
+
+
+def the_server_app(running: LocalFederation, since: float) -> psutil.Process:
+    """Flower's process for it; others that it started have the same command line and little work."""
+    family = psutil.Process(running.processes[SUPERLINK].pid).children(recursive=True)
+    found = [process for process in family if "serverapp" in process.name()]
+    assert found, [process.cmdline() for process in family]
+    return max(found, key=lambda process: process.cpu_times().user)
+
+
+def the_superlink(running: LocalFederation, since: float) -> psutil.Process:
+    return psutil.Process(running.processes[SUPERLINK].pid)
+
+
+@pytest.mark.parametrize("victim", [the_server_app, the_superlink])
+def test_a_run_whose_server_is_killed_goes_on_where_it_was(
+    tmp_path: Path, victim: Victim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Scalar] = TINY | {"num-server-rounds": 3, "local-epochs": 200, "wait-seconds": 240}
+    run, config = new_run(settings, tmp_path / "run")
+    killed: list[int] = []
+    with local_federation(tmp_path / "federation", 2, run.path / "flower.log", tls=False) as running:
+        killer = threading.Thread(target=kill_after_round, args=(running, run, 1, victim, killed), daemon=True)
+        killer.start()
+        environment = dict(os.environ) | dict(running.environment)
+        with pytest.raises(RunFailedError):
+            submit(ROOT, run, config, environment)
+        killer.join(timeout=5)
+        assert killed, "nothing was killed"
+        assert [row["round"] for row in run.rows()] == [1]
+        if victim is the_superlink:
+            running.start_superlink()
+        submit(ROOT, run, run.read_config(), environment, resuming=True)
+        monkeypatch.setenv("FLWR_HOME", environment["FLWR_HOME"])
+        shown = Console(width=200)
+        with shown.capture() as captured:
+            shown.print(superlink_status(running.federation.name))
+        assert captured.get().count("online") >= 2, captured.get()
+    assert [row["round"] for row in run.rows()] == [1, 2, 3]
+    undisturbed = run_server(RunConfig.from_flat(settings), tmp_path / "undisturbed")
+    assert_as_undisturbed(run, undisturbed)
+
+
+def assert_as_undisturbed(run: RunDir, undisturbed: RunDir) -> None:
+    """No sample lost or doubled, and the same weights, to the tolerance of floats."""
+    ledger = ShardLedger.load(run.ledger)
+    ledger.check()
+    expected, found = load_latest(undisturbed.checkpoints), load_latest(run.checkpoints)
+    np.testing.assert_array_equal(ledger.shard, ShardLedger.load(undisturbed.ledger).shard)
+    for name, weights in expected.weights.items():
+        np.testing.assert_allclose(found.weights[name], weights, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("victim", [a_supernode, a_client])
@@ -80,10 +134,4 @@ def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, vict
     assert [row["round"] for row in rows] == [1, 2, 3]
     assert not any(row["failures"] for row in rows)
     assert [again["shard"] for row in rows for again in row["resent"]], "no order was sent again"
-    ledger = ShardLedger.load(run.ledger)
-    ledger.check()
-    undisturbed = run_server(RunConfig.from_flat(settings), tmp_path / "undisturbed")
-    expected, found = load_latest(undisturbed.checkpoints), load_latest(run.checkpoints)
-    np.testing.assert_array_equal(ledger.shard, ShardLedger.load(undisturbed.ledger).shard)
-    for name, weights in expected.weights.items():
-        np.testing.assert_allclose(found.weights[name], weights, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert_as_undisturbed(run, run_server(RunConfig.from_flat(settings), tmp_path / "undisturbed"))

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import PLAIN, ROOT, TINY, run_server
 
@@ -47,11 +48,20 @@ class Answer:
     mark: str
 
 
-def run_flwr(out: Path, settings: Mapping[str, Scalar], end_after_round: int = 0) -> Answer:
-    """`ret-fl run` in its own process; with `end_after_round` SIGTERM reaches it once that round is recorded."""
+def run_flwr(
+    out: Path,
+    settings: Mapping[str, Scalar],
+    after_round: tuple[int, Callable[[str], None] | None] | None = None,
+    options: Sequence[str] | None = None,
+) -> Answer:
+    """`ret-fl run` in its own process, into `out` or by `options`.
+
+    after_round: once that round is recorded something is done to it; None is SIGTERM.
+    """
     mark = uuid.uuid4().hex
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    command = [sys.executable, "-c", "from ret_fl.cli import app; app()", "run", "--app", str(ROOT), "--out", str(out)]
+    command = [sys.executable, "-c", "from ret_fl.cli import app; app()", "run", "--app", str(ROOT)]
+    command += options or ["--out", str(out)]
     process = subprocess.Popen(
         [*command, *sets],
         env=os.environ | {MARK: mark, "HOME": str(out.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -59,10 +69,14 @@ def run_flwr(out: Path, settings: Mapping[str, Scalar], end_after_round: int = 0
         stderr=subprocess.PIPE,
         text=True,
     )
-    if end_after_round:
-        while process.poll() is None and len(RunDir(out).rows()) < end_after_round:
+    if after_round:
+        round, act = after_round
+        while process.poll() is None and len(RunDir(out).rows()) < round:
             time.sleep(0.2)
-        process.terminate()
+        if act:
+            act(mark)
+        else:
+            process.terminate()
     stdout, stderr = process.communicate(timeout=400)
     return Answer(process.returncode, stdout, stderr, mark)
 
@@ -106,9 +120,40 @@ def test_a_run_that_fails_under_flower_exits_with_the_reason(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_killed_ray_actor_stops_the_run_with_the_reason_and_it_goes_on(tmp_path: Path) -> None:
+    """Flower's simulation starts no actor anew: every later order fails, the quorum stops the run, --resume goes on."""
+    settings = TINY | PLAIN | {"wait-seconds": 60, "num-server-rounds": 4, "local-epochs": 60}
+    out = tmp_path / "run"
+
+    def kill_actors(mark: str) -> None:
+        actors = [p for p in psutil.process_iter(["name"]) if "ray::ClientAppActor" in p.name()]
+        ours = [p for p in actors if f"{MARK}={mark}".encode() in Path(f"/proc/{p.pid}/environ").read_bytes()]
+        assert ours
+        for process in ours:
+            process.kill()
+
+    answer = run_flwr(out, settings, after_round=(1, kill_actors))
+    assert answer.code == 1
+    assert "quorum" in answer.stderr
+    assert "--resume" in answer.stderr
+    assert_nothing_is_left(answer.mark)
+    stopped = load_latest(out / "checkpoints")
+    assert 1 <= stopped.round < 4
+    stopped.ledger.check()
+    command = ["--resume", str(out)]
+    resumed = run_flwr(out, {}, options=command)
+    assert resumed.code == 0, resumed.stderr
+    assert [row["round"] for row in RunDir(out).rows()] == [1, 2, 3, 4]
+    undisturbed = run_server(RunConfig.from_flat(settings), tmp_path / "undisturbed")
+    for name, value in load_latest(undisturbed.checkpoints).weights.items():
+        found = load_latest(out / "checkpoints").weights[name]
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 def test_ending_the_command_ends_all_that_it_started(tmp_path: Path) -> None:
     """SuperLink, Ray and its actors, though each has a session of its own; and the run can go on."""
-    answer = run_flwr(tmp_path / "run", TINY | {"wait-seconds": 60, "num-server-rounds": 500}, end_after_round=1)
+    answer = run_flwr(tmp_path / "run", TINY | {"wait-seconds": 60, "num-server-rounds": 500}, after_round=(1, None))
     assert answer.code not in (0, 1)
     assert_nothing_is_left(answer.mark)
     assert load_latest(tmp_path / "run" / "checkpoints").round >= 1

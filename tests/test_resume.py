@@ -48,6 +48,9 @@ SETTINGS: Mapping[str, Scalar] = {
 PHASED: Mapping[str, Scalar] = SETTINGS | {"aggregate-every": 2}
 
 
+RET_FL = "from ret_fl.cli import app; app()"
+
+
 class Killed(BaseException):
     """Ends a run like a kill: nothing between it and the top catches it."""
 
@@ -216,11 +219,47 @@ def test_a_process_killed_by_the_system_resumes_by_command(tiny: Tiny, tmp_path:
     assert python(engine, str(settings), str(config.shards)).returncode == -signal.SIGKILL
     assert load_latest(out / "checkpoints").round == 2
     command = ["run", "--engine", "inline", "--app", str(ROOT), "--resume", str(out)]
-    resumed = python("from ret_fl.cli import app\napp()\n", *command)
+    resumed = python(RET_FL, *command)
     assert resumed.returncode == 0, resumed.stderr
     assert "round 4/4" in resumed.stdout
     assert "round 2/4" not in resumed.stdout
     assert_same_outcome(Outcome.of(RunDir(out)), uninterrupted(config))
+
+
+FILL_AND_RESUME = """
+set -eu
+mount -t tmpfs -o size=11m tmpfs "$DISK"
+if "$@" run --engine inline --app "$APP" --preset "$SETTINGS" --out "$DISK/run"; then exit 3; fi
+find "$DISK/run/checkpoints" > "$DISK.kept"
+mount -o remount,size=64m "$DISK"
+"$@" run --engine inline --app "$APP" --resume "$DISK/run"
+cp -r "$DISK/run" "$DISK.run"
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="no user and mount namespaces here, so no small disk of our own",
+)
+def test_a_disk_that_fills_while_checkpointing_loses_nothing(tiny: Tiny, tmp_path: Path, uninterrupted: Whole) -> None:
+    """A tmpfs with room for two checkpoints and a half: the run stops with the reason, and goes on given more room."""
+    config, disk = tiny(PHASED), tmp_path / "disk"
+    disk.mkdir()
+    settings = tmp_path / "run.toml"
+    settings.write_text(to_toml(config.to_flat() | {"state-dir": str(tmp_path / "proxies"), "keep-checkpoints": 3}))
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", FILL_AND_RESUME, "sh", sys.executable, "-c", RET_FL],
+        env=os.environ | {"DISK": str(disk), "APP": str(ROOT), "SETTINGS": str(settings), "PYTHONPATH": str(ROOT),
+                          "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("the checkpoint of round 2 cannot be written", "No space left on device", "--resume"):
+        assert words in done.stderr
+    kept = (tmp_path / "disk.kept").read_text()
+    assert "round-00001/weights.safetensors" in kept
+    assert "round-00002" not in kept
+    assert_same_outcome(Outcome.of(RunDir(tmp_path / "disk.run")), uninterrupted(config))
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------

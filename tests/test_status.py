@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, ret_fl, run_server
+from conftest import ROOT, TINY, ret_fl, run_server
 from federations import spoiling
 from flwr.app import Context, Error, Message, MessageType
 from flwr.common.constant import ErrorCode
+from prometheus_client.parser import text_string_to_metric_families
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
+from ret_fl.engines import free_port, wait_for
 from ret_fl.events import ANSWERED, FAILED, JOINED, MOVED, ROUND, SENT, TRAINED, Journal, read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
@@ -98,6 +104,28 @@ def test_a_failure_is_told_with_its_reason_and_the_second_node(tmp_path: Path) -
     assert (failed["shard"], failed["level"], failed["why"]) == (0, "WARNING", "the GPU is on fire")
     shown = ret_fl("status", run.path).output
     assert "the GPU is on fire" in shown
+
+
+def test_prometheus_is_told_what_status_shows(run_dir: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", "from ret_fl.cli import app; app()", "status", str(run_dir)]
+    process = subprocess.Popen(
+        [*command, "--prometheus", str(port)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/metrics", process, run_dir / "flower.log")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            families = {f.name: f for f in text_string_to_metric_families(answer.read().decode())}
+    finally:
+        process.kill()
+        process.communicate()
+    last = RunDir.existing(run_dir).rows()[-1]
+    for key in ("round", "loss", "skip_rate", "moved", "quarantined"):
+        (sample,) = families[f"ret_fl_{key}"].samples
+        assert (sample.labels, sample.value) == ({"run": run_dir.name}, pytest.approx(last[key])), key
+    losses = {s.labels["shard"]: s.value for s in families["ret_fl_shard_loss"].samples}
+    assert losses == {shard: pytest.approx(row["loss"]) for shard, row in last["shards"].items()}
+    assert [s.value for s in families["ret_fl_node_up"].samples] == [1.0, 1.0]
 
 
 def test_a_half_written_event_is_left_out(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ret_fl.engines import (
 from ret_fl.files import user_cache
 
 POLL_SECONDS = 0.5
+SUPERLINK = "the SuperLink"
 
 
 def loopback_federation(folder: Path, supernodes: int, *, tls: bool) -> Federation:
@@ -43,6 +44,37 @@ class LocalFederation:
     kit: Kit
     environment: Mapping[str, str]
     processes: dict[str, subprocess.Popen[bytes]]
+    log_file: Path
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or start it again, and wait until it answers. Raises `RunFailedError`."""
+        self._start(SUPERLINK, self.kit.superlink / "start")
+        scheme, ca = ("https", self.kit.operator / "ca.crt") if self.federation.tls else ("http", None)
+        health = f"{scheme}://{self.federation.superlink.address}/health"
+        wait_for(health, self.processes[SUPERLINK], self.log_file, ca)
+
+    def register(self) -> None:
+        """Register the SuperNodes' keys. Raises `RunFailedError`."""
+        command, environment = [str(self.kit.operator / "register")], dict(os.environ) | dict(self.environment)
+        done = subprocess.run(command, env=environment, capture_output=True, check=False)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()
+            raise RunFailedError(f"SuperNodes could not be registered: {said}")
+
+    def start_supernodes(self) -> None:
+        for node in self.federation.supernodes:
+            self._start(f"SuperNode {node.name}", self.kit.host(node.host) / "start", node.name)
+
+    def _start(self, name: str, *command: str | Path) -> None:
+        with self.log_file.open("a") as log:
+            self.processes[name] = subprocess.Popen(
+                list(map(str, command)),
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def wait(self) -> None:
         """Return when a process of it has ended, which none should; raises `RunFailedError` naming it."""
@@ -63,34 +95,15 @@ def local_federation(folder: Path, supernodes: int, log_file: Path, *, tls: bool
     kit = write_kit(federation, folder / "kit")
     cores = {"OMP_NUM_THREADS": str(cpus_each(supernodes)), "XDG_CACHE_HOME": str(user_cache("").parent)}
     environment = cores | flower_environment(kit.operator)
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(name: str, *command: str) -> None:
-        with log_file.open("a") as log:
-            processes[name] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-
+    running = LocalFederation(federation, kit, environment, {}, log_file)
     with ending_on_sigterm():
         try:
-            start("the SuperLink", str(kit.superlink / "start"))
-            scheme, ca = ("https", kit.operator / "ca.crt") if tls else ("http", None)
-            health = f"{scheme}://{federation.superlink.address}/health"
-            wait_for(health, processes["the SuperLink"], log_file, ca)
+            running.start_superlink()
             if tls:
-                _register(kit, environment)
-            for node in federation.supernodes:
-                start(f"SuperNode {node.name}", str(kit.host(node.host) / "start"), node.name)
-            yield LocalFederation(federation, kit, environment, processes)
+                running.register()
+            running.start_supernodes()
+            yield running
         finally:
-            superlink = processes.pop("the SuperLink", None)
-            end_with_children(list(processes.values()))  # first, so that they can sign off
+            superlink = running.processes.pop(SUPERLINK, None)
+            end_with_children(list(running.processes.values()))  # first, so that they can sign off
             end_with_children([superlink] if superlink else [])
-
-
-def _register(kit: Kit, environment: Mapping[str, str]) -> None:
-    done = subprocess.run(
-        [str(kit.operator / "register")], env=dict(os.environ) | dict(environment), capture_output=True, check=False
-    )
-    if done.returncode:
-        raise RunFailedError(f"SuperNodes could not be registered: {done.stderr.decode(errors='replace').strip()}")
