@@ -44,6 +44,7 @@ bench: setup ## speed, as ratios measured in one run
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.engines
 	$(BIN)/python -m benchmarks.audit
+	$(BIN)/python -m benchmarks.server_memory
 	$(BIN)/python -m benchmarks.samples
 
 clean: ## remove .venv and caches, keep runs/

@@ -19,7 +19,7 @@ from flwr.supercore.run import Run
 from ret_fl.events import ANSWERED, FAILED, SENT
 from ret_fl.roster import Roster
 
-PULL_SECONDS = 0.2
+PULL_SECONDS = 0.5
 LOOK_SECONDS = 5.0
 """How often the dispatcher asks which nodes are alive."""
 LEAST_SECONDS = 120.0
@@ -167,7 +167,8 @@ class Dispatcher(Grid):
 
     def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        for reply in self.grid.pull_messages(list(whose)):
+        # one at a time, so that no more than one reply's weights are in memory beside their mean
+        for reply in (reply for asked in whose for reply in self.grid.pull_messages([asked])):
             asked = reply.metadata.reply_to_message_id
             errand = whose.get(asked)
             if errand is None or errand.reply is not None:

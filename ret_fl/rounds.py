@@ -120,8 +120,9 @@ def _check_weights(weights: ArrayRecord | None, expected: ArrayRecord) -> None:
         raise ProtocolError("it has no weights")
     if set(weights) != set(expected):
         raise ProtocolError(f"its weights have other names: {sorted(set(weights) ^ set(expected))[:3]}")
-    # the arrays as decoded, not what their headers say: the base strategy will decode them again
-    for name, array in unpack_state(weights).items():
+    for name, packed in weights.items():
+        # as decoded, not what its header says: the base strategy will decode it again
+        (array,) = unpack_state(ArrayRecord({name: packed})).values()
         shape = tuple(expected[name].shape)
         if array.dtype != np.float32 or array.shape != shape:
             raise ProtocolError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")

@@ -134,7 +134,7 @@ class DiffusionConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(2e-3, gt=0, description="AdamW learning rate after warm-up.")
+    lr: float = Field(4e-3, gt=0, description="AdamW learning rate after warm-up.")
     schedule: Literal["constant", "cosine"] = Field(
         "cosine",
         description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds; a run "
@@ -152,9 +152,10 @@ class EmaConfig(Section):
 
 class AgcConfig(Section):
     mode: Literal["off", "agc", "sample", "random"] = Field(
-        "agc",
+        "off",
         description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
-        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate.",
+        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate. Off by "
+        "default: quarantine skips whole samples at less cost (docs/results/gate.md).",
     )
     mem_ratio: float = Field(
         1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
@@ -220,7 +221,7 @@ class QuarantineConfig(Section):
     share: float = Field(
         0.0, ge=0, lt=1, description="Share of all samples quarantined (lowest log-ratios); 0: those below z."
     )
-    z: float = Field(-1.5, lt=0, description="With share 0: samples whose robust z-score is below this.")
+    z: float = Field(-2.5, lt=0, description="With share 0: samples whose robust z-score is below this.")
     probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
     every: int = Field(1, ge=1, description="Choose anew every n rounds.")
     min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")

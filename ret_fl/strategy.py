@@ -17,12 +17,13 @@ from logging import INFO, WARNING
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
+from ret_fl.averaging import RunningMean, needs_the_mean_only
 from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.events import FAILED, MOVED, ROUND, TRAINED
@@ -86,6 +87,8 @@ class _Open:
     errands: dict[int, Errand] = field(default_factory=dict)
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     sound: dict[int, Sound] = field(default_factory=dict)
+    mean: RunningMean = field(default_factory=RunningMean)
+    bytes_up: int = 0
     failures: dict[int, str] = field(default_factory=dict)
 
 
@@ -236,6 +239,8 @@ class RedistributeEnsemble(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the sound replies, learn from their reports, move samples.
 
+        Where the base needs no more than the mean (ret_fl/averaging.py) it was taken as the replies arrived.
+
         Raises `FederationError` when fewer than `quorum` of the shards replied soundly: going on would freeze or
         bend the model silently.
         """
@@ -249,7 +254,6 @@ class RedistributeEnsemble(Strategy):
                 f"round {round}: {len(sound)} of {self.ledger.num_shards} shards replied soundly, quorum needs "
                 f"{needed}. {reasons}. {self._how_to_resume()}"
             )
-        bytes_up = sum(payload_bytes(m.content) for m in replies if m.has_content())
         errands = self._open.errands
         reports = [report for _, report, _ in sound]
         arrays, metrics = self._average(server_round, sound) if self.aggregates(round) else (None, None)
@@ -278,7 +282,7 @@ class RedistributeEnsemble(Strategy):
             resent=[again for errand in errands.values() for again in errand.resent()],
             partitions={report.shard: self._partition(errands[report.shard].node) for report in reports},
             bytes_down=sum(payload_bytes(e.first.content) * len(e.messages) for e in errands.values()),
-            bytes_up=bytes_up,
+            bytes_up=self._open.bytes_up,
             seconds=time.monotonic() - self._open.began,
             gap=fits[0].log_loss - fits[-1].log_loss,
         )
@@ -293,12 +297,17 @@ class RedistributeEnsemble(Strategy):
         try:
             if reply.has_error():
                 raise ProtocolError(reply.error.reason)
+            opened.bytes_up += payload_bytes(reply.content)
             report, weights = TrainReport.unpack(reply.content)
             check_reply(report, weights, opened.orders[shard], self.shards[shard], opened.arrays)
             self.ledger.check_report(report)
         except (ProtocolError, LedgerError) as error:
             opened.failures[shard] = str(error)
             return str(error)
+        if weights is not None and needs_the_mean_only(self.base):
+            opened.mean.add(weights, report)
+            reply.content = RecordDict()  # the reply is held to the end of the round, its weights need not be
+            weights = None
         opened.sound[shard] = (reply, report, weights)
         return None
 
@@ -329,11 +338,14 @@ class RedistributeEnsemble(Strategy):
         return hello.partition if hello else -1
 
     def _average(self, server_round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        messages = []
-        for message, report, weights in sound:
-            assert weights is not None  # check_reply saw to it
-            message.content = base_content(weights, report)
-            messages.append(message)
+        messages = [message for message, _, _ in sound]
+        if self._open.mean.content is not None:
+            messages = messages[:1]
+            messages[0].content = self._open.mean.content
+        else:
+            for message, report, weights in sound:
+                assert weights is not None  # check_reply saw to it
+                message.content = base_content(weights, report)
         arrays, metrics = self.base.aggregate_train(server_round, messages)
         if arrays is None:
             raise FederationError(f"{type(self.base).__name__} returned no weights for {len(messages)} sound replies")
