@@ -154,8 +154,8 @@ class AgcConfig(Section):
     mode: Literal["off", "agc", "sample", "random"] = Field(
         "off",
         description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
-        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate. Off by "
-        "default: quarantine skips whole samples at less cost (docs/results/gate.md).",
+        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate. Off: "
+        "quarantine skips whole samples at less cost (docs/results/gate.md).",
     )
     mem_ratio: float = Field(
         1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."

@@ -121,10 +121,14 @@ class ResultsFile:
         return {k: v for k, v in _training(config).items() if before.get(k) != v}
 
     def find(self, cell: tuple[str, str, int], share: float, config: RunConfig) -> Row | None:
-        """The row of that cell and share if it was made with these settings, and as long."""
-        made = self.difference(config), config.num_server_rounds
-        own = (r for r in self.rows if r.cell == cell and math.isclose(r.share, share))
-        return next((r for r in own if (r.settings, r.rounds) == made), None)
+        """The row of that cell and share if it was made with these settings, and as long; idle settings may differ."""
+        wanted = _training(config)
+        before = {k: v for k, v in (_training(RunConfig()) | self.defaults).items() if k in wanted}
+        for row in self.rows:
+            own = row.cell == cell and math.isclose(row.share, share) and row.rounds == config.num_server_rounds
+            if own and _at_work(before | row.settings) == _at_work(wanted):
+                return row
+        return None
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take in rows and write the file, sorted so that versions of it compare line by line."""
@@ -141,6 +145,19 @@ def _training(config: RunConfig) -> dict[str, Scalar]:
     """The settings that decide what comes out; the seed and the length are a row's own."""
     own = (*LOCAL, "seed", "num-server-rounds")
     return {k: v for k, v in config.to_flat().items() if k not in own and not k.startswith("service.")}
+
+
+def _at_work(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Settings without those that do nothing beside the others."""
+    policy = str(settings["redistribution.policy"]).split("+")
+    idle = {
+        "agc.": settings["agc.mode"] == "off",
+        "taa.": settings["taa.mode"] == "off",
+        "quarantine.": "quarantine" not in policy,
+        "redistribution.": policy == ["none"],
+    }
+    keep = ("agc.mode", "taa.mode", "redistribution.policy")
+    return {k: v for k, v in settings.items() if k in keep or not any(k.startswith(p) and idle[p] for p in idle)}
 
 
 # Over seeds
