@@ -212,7 +212,7 @@ def superlink_status(connection: str) -> Group:
     table = Table("run", "app", "status", "elapsed", "clients' s", "MB", title="runs", title_justify="left")
     for run in runs:
         table.add_row(
-            str(run["run-id"]), str(run["fab-name"]), _run_state(run), str(run["elapsed"]),
+            str(run["run-id"]), str(run["fab-name"]), _run_state(run), _elapsed(run["elapsed"]),
             f"{run['compute-time']['clientapp-seconds']:,.0f}", f"{run['network-traffic']['total-bytes'] / 1e6:,.1f}",
         )  # fmt: skip
     there = Table("node", "status", "online since", "for", title="SuperNodes", title_justify="left")
@@ -220,9 +220,13 @@ def superlink_status(connection: str) -> Group:
         online = node["status"] == "online"
         there.add_row(
             node["node-id"], node["status"], node["online-at"] if online else "-",
-            node["online-elapsed"] if online else "-", style=None if online else "red",
+            _elapsed(node["online-elapsed"]) if online else "-", style=None if online else "red",
         )  # fmt: skip
     return Group(table, there)
+
+
+def _elapsed(told: float | str) -> str:
+    return told if isinstance(told, str) else _span(told)
 
 
 def _run_state(run: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ TINY: dict[str, Scalar] = {
     "optimizer.warmup-steps": 3,
     "samples": 0,
     "evaluate-every": 0,
+    "agc.mode": "agc",
     "device": "cpu",
     "threads": 1,
     "wait-seconds": 0.1,

@@ -64,7 +64,7 @@ def test_a_fresh_bank_is_zero_and_keeps_every_sample_of_the_first_batch() -> Non
     bank = LossBank(T)
     loss, t = torch.tensor([1.0, 1e-8, 0.0]), torch.tensor([4, 4, 4])
     assert bank.value(t).tolist() == [0, 0, 0]
-    gate = make_gate(AgcConfig(mem_ratio=1.25), bank, torch.zeros(3))
+    gate = make_gate(AgcConfig(mode="agc", mem_ratio=1.25), bank, torch.zeros(3))
     # the third loss is far below the first of its own batch: the bank does not know that one yet
     assert gate(loss, t, t).tolist() == [True, True, True]
     bank.update(t[:1], loss[:1])
