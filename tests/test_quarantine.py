@@ -70,7 +70,7 @@ class TestQuarantine:
     def test_by_z_it_finds_the_copies_and_few_others(self, share: float) -> None:
         for seed in range(5):
             ledger, copies = self.planted(seed, share=share)
-            inside = quarantined(ledger, QuarantineConfig())
+            inside = quarantined(ledger, QuarantineConfig(z=-1.5))
             assert inside[copies].mean() > 0.98  # a fifth of copies widens the spread that they are measured by
             assert inside[~copies].mean() < 0.05
 

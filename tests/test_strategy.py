@@ -104,7 +104,8 @@ def test_without_mitigation_it_is_flowers_own_fedavg(tiny: Tiny, federate: Feder
 
     grid = InlineGrid(app, 3, {})
     plain = FedAvg(fraction_evaluate=0.0).start(grid, pack_state(fresh_weights(config)), 3)
-    assert furthest(federate(config).run(), unpack_state(plain.arrays)) <= 1e-6
+    # the mean of three is taken two at a time: the last bits differ, and training carries them on
+    assert furthest(federate(config).run(), unpack_state(plain.arrays)) <= 1e-5
 
 
 @pytest.mark.parametrize("base", [FedAdam, FedMedian])

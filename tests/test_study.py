@@ -81,7 +81,7 @@ def test_every_point_of_every_cell_has_a_row(finished: Path) -> None:
     assert rows["central", 0.5].rounds == 1 and rows["central", 1.0].rounds == 2
     assert rows["central", 0.5].images == 44  # 40 digits, two of them thrice, once
     assert rows["central", 1.0].images == rows["default", 1.0].images == 88  # equal images seen
-    assert rows["central", 1.0].settings["redistribution.policy"] == "none"
+    assert rows["central", 1.0].settings["shards"] == 1
 
 
 def test_a_done_study_trains_nothing_again_even_without_its_folders(finished: Path) -> None:
