@@ -57,11 +57,3 @@ def _value(value: object) -> str:
         return f"{value:.6g}"
     text = str(value)
     return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
-
-
-def read_lines(path: Path) -> list[Event]:
-    """The objects of a .jsonl file that a run is writing, without a half-written last line; none without the file."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def user_cache(name: str) -> Path:
@@ -26,3 +28,11 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.write_text(text)
     sync(temporary)
     temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that a run is writing, without a half-written last line; none without the file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ret_fl.config import ConfigError, RunConfig
-from ret_fl.events import read_lines
-from ret_fl.files import write_atomically
+from ret_fl.files import read_lines, write_atomically
 
 
 class RunDir:

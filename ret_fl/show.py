@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ret_fl.config import ConfigError, describe
-from ret_fl.events import MOVED, read_lines
+from ret_fl.events import MOVED
+from ret_fl.files import read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import describe_row
 from ret_fl.rundir import RunDir

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from ret_fl.config import ConfigError
 from ret_fl.engines import flower_environment
-from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, REFUSED, ROUND, SENT, TRAINED, Event, read_lines
+from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, REFUSED, ROUND, SENT, TRAINED, Event
+from ret_fl.files import read_lines
 from ret_fl.rundir import RunDir
 
 SILENT_SECONDS = 60.0

@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.engines import free_port, wait_for
-from ret_fl.events import ANSWERED, FAILED, JOINED, MOVED, ROUND, SENT, TRAINED, Journal, read_lines
+from ret_fl.events import ANSWERED, FAILED, JOINED, MOVED, ROUND, SENT, TRAINED, Journal
+from ret_fl.files import read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 from ret_fl.status import RunStatus, read_status
