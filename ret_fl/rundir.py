@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.files import read_lines, write_atomically
+
+LOCK_SECONDS = 0.2
 
 
 class RunDir:
@@ -51,6 +57,30 @@ class RunDir:
         if not run.config.is_file():
             raise ConfigError(f"{run.path} is not the folder of a run: it has no config.json")
         return run
+
+    @contextmanager
+    def locked(self, wait: float) -> Iterator[None]:
+        """Be the only one that writes the run, on this machine; the lock goes with the process, however it ends.
+
+        Raises `ConfigError` if another process still has it after `wait` seconds, as a ServerApp may whose SuperLink
+        was killed.
+        """
+        deadline = time.monotonic() + wait
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ConfigError(
+                            f"another process is writing {self.path}: end it, or wait until it is done"
+                        ) from None
+                    time.sleep(LOCK_SECONDS)
+            yield
+        finally:
+            os.close(folder)
 
     def read_config(self) -> RunConfig:
         """The run's settings; paths into the folder follow it where it was moved to. Raises `ConfigError`."""

@@ -39,13 +39,17 @@ def main(grid: Grid, context: Context) -> None:
     if config.resume:
         run = RunDir.existing(config.resume)
         _warn_of_ignored(config, run.read_config())
-        # a run that did not get as far as its first checkpoint is begun anew
-        begun = any_checkpoint(run.checkpoints) or bool(run.rows())
-        checkpoint: Checkpoint | None = load_latest(run.checkpoints) if begun else None
     else:
         run = RunDir.begin(config)
-        checkpoint = None
+    with run.locked(config.wait_seconds):
+        _conduct(grid, context, run)
+
+
+def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     config = run.read_config()
+    # a run that did not get as far as its first checkpoint is begun anew
+    begun = any_checkpoint(run.checkpoints) or bool(run.rows())
+    checkpoint: Checkpoint | None = load_latest(run.checkpoints) if begun else None
     resolve_device(config.device)
     limit_threads(config.threads)
     check_pretrained_schedule(config.model, config.diffusion)

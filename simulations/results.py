@@ -122,13 +122,23 @@ class ResultsFile:
 
     def find(self, cell: tuple[str, str, int], share: float, config: RunConfig) -> Row | None:
         """The row of that cell and share if it was made with these settings, and as long; idle settings may differ."""
-        wanted = _training(config)
-        before = {k: v for k, v in (_training(RunConfig()) | self.defaults).items() if k in wanted}
         for row in self.rows:
             own = row.cell == cell and math.isclose(row.share, share) and row.rounds == config.num_server_rounds
-            if own and _at_work(before | row.settings) == _at_work(wanted):
+            if own and _at_work(self._settings(row)) == _at_work(_training(config)):
                 return row
         return None
+
+    def _settings(self, row: Row) -> dict[str, Scalar]:
+        """All settings a row of this file was made with; those of today that it does not know have their defaults."""
+        today = _training(RunConfig())
+        return {k: v for k, v in (today | self.defaults | row.settings).items() if k in today}
+
+    def take(self, other: ResultsFile) -> None:
+        """Take in the rows of another file, whose defaults may be others."""
+        before = _training(RunConfig()) | self.defaults
+        for row in other.rows:
+            settings = {k: v for k, v in other._settings(row).items() if before.get(k) != v}
+            self.add([row.model_copy(update={"settings": settings})])
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take in rows and write the file, sorted so that versions of it compare line by line."""
@@ -145,6 +155,11 @@ def _training(config: RunConfig) -> dict[str, Scalar]:
     """The settings that decide what comes out; the seed and the length are a row's own."""
     own = (*LOCAL, "seed", "num-server-rounds")
     return {k: v for k, v in config.to_flat().items() if k not in own and not k.startswith("service.")}
+
+
+def same_training(one: RunConfig, other: RunConfig) -> bool:
+    """Whether two configs, but for seed and length, come to the same training; idle settings may differ."""
+    return _at_work(_training(one)) == _at_work(_training(other))
 
 
 def _at_work(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:

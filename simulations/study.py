@@ -27,13 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ret_fl.config import ConfigError, RunConfig, Scalar
-from ret_fl.files import write_atomically
 from ret_fl.rundir import RunDir
 from ret_fl.settings import flatten
-from simulations.results import ResultsFile, Row, measured
+from simulations.results import ResultsFile, Row, measured, same_training
 
 POLL_SECONDS = 2.0
-ROW = "row.json"
+ROW = "row.jsonl"
 
 
 class Part(BaseModel):
@@ -188,10 +187,11 @@ def run_cell(cell: Cell, root: Path, results: ResultsFile) -> None:
     for share in cell.missing(results):
         config = cell.config(share, more)
         kept, folder = point_folder(root / cell.name, share), cell.folder(root, share)
-        if _point_done(kept, config, results):
-            continue
+        point = ResultsFile(kept / ROW)
+        if point.find(cell.key, share, config):
+            continue  # audited before the study was broken off
         if (folder / "config.json").is_file():
-            _require_same(cell, RunDir.existing(folder), config, results)
+            _require_same(cell, RunDir.existing(folder), config)
             run, config = change_run(folder, {"num-server-rounds": config.num_server_rounds})
             flat = config.to_flat() | {"resume": str(folder)}
         else:
@@ -204,26 +204,18 @@ def run_cell(cell: Cell, root: Path, results: ResultsFile) -> None:
             method=cell.method,
             seed=cell.seed,
             share=share,
-            settings=results.difference(config),
+            settings=point.difference(config),
             **measured(audit, run.rows()),
         )
         kept.mkdir(parents=True, exist_ok=True)
         for name in (NUMBERS, PICTURES):
             shutil.copy2(run.audit / name, kept / name)
-        write_atomically(kept / ROW, row.model_dump_json() + "\n")
+        point.add([row])
 
 
-def _point_done(kept: Path, config: RunConfig, results: ResultsFile) -> bool:
-    """Whether a point was audited before the study was broken off."""
-    if not (kept / ROW).is_file():
-        return False
-    row = Row.model_validate_json((kept / ROW).read_text())
-    return (row.settings, row.rounds) == (results.difference(config), config.num_server_rounds)
-
-
-def _require_same(cell: Cell, run: RunDir, config: RunConfig, results: ResultsFile) -> None:
+def _require_same(cell: Cell, run: RunDir, config: RunConfig) -> None:
     """A folder of an earlier training is gone on with only if it is the same one, and not already further."""
-    if results.difference(run.read_config()) != results.difference(config):
+    if not same_training(run.read_config(), config):
         raise ConfigError(f"{run.path} holds a run with other settings than {cell.name} has now: remove that folder")
     rows = run.rows()
     if rows and rows[-1]["round"] > config.num_server_rounds:
@@ -273,8 +265,8 @@ def run_study(path: Path, root: Path, results_path: Path, jobs: int) -> None:
                     finished += cell.length
                     if process.returncode:
                         failed.append(f"{cell.name}: see {root / cell.name}.log")
-                    points = (root / cell.name).glob(f"points/*/{ROW}")
-                    results.add([Row.model_validate_json(p.read_text()) for p in points])
+                    for share in cell.missing(results):
+                        results.take(ResultsFile(point_folder(root / cell.name, share) / ROW))
                 now = sum(cell.trained(root) for cell, _ in running.values())
                 left = count - len(waiting) - len(running)
                 progress.update(task, completed=finished + now, description=f"{left}/{count} trainings")

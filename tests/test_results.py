@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ret_fl.audit.schema import Interval
-from ret_fl.config import RunConfig
+from ret_fl.config import RunConfig, Scalar
 from simulations.results import (
     Point,
     ResultsFile,
@@ -17,6 +17,7 @@ from simulations.results import (
     cr_interval,
     curve,
     early_stop_fd,
+    same_training,
 )
 
 
@@ -89,6 +90,31 @@ def test_equal_precision_lies_between_points_on_a_line() -> None:
 def test_a_curve_holds_only_points_of_all_seeds() -> None:
     rows = [row(seed=s, share=share) for s in (0, 1) for share in (0.5, 1.0)] + [row(share=0.25), row(share=2.0)]
     assert [(p.share, len(p.rows)) for p in curve(rows, "digits", "central")] == [(0.5, 2), (1.0, 2), (2.0, 1)]
+
+
+def test_rows_of_a_file_with_other_defaults_keep_their_settings(tmp_path: Path) -> None:
+    ours, theirs = ResultsFile(tmp_path / "ours.jsonl"), ResultsFile(tmp_path / "theirs.jsonl")
+    ours.defaults["optimizer.lr"] = 1.0  # begun when that was the default
+    config = RunConfig.from_flat({"shards": 7})
+    theirs.add([row(settings=theirs.difference(config))])
+    ours.take(theirs)
+    (taken,) = ResultsFile(ours.path).rows
+    assert taken.settings == {"shards": 7, "optimizer.lr": RunConfig().optimizer.lr}
+    assert ours.find(taken.cell, 1.0, config) == taken
+
+
+def test_settings_that_do_nothing_do_not_tell_trainings_apart() -> None:
+    def config(**changes: Scalar) -> RunConfig:
+        return RunConfig.from_flat({"redistribution.policy": "none"} | changes)
+
+    plain = config()
+    for idle in ({"agc.mem-ratio": 3.0}, {"quarantine.z": -1.0}, {"taa.kappa": 2.0}, {"redistribution.fraction": 0.3}):
+        assert same_training(plain, config(**idle))
+    assert same_training(plain, config(seed=3))
+    for change in ({"agc.mode": "agc"}, {"redistribution.policy": "quarantine"}, {"optimizer.lr": 0.1}):
+        assert not same_training(plain, config(**change))
+    gated = config(**{"agc.mode": "agc"})
+    assert not same_training(gated, config(**{"agc.mode": "agc", "agc.mem-ratio": 3.0}))
 
 
 def test_rows_survive_the_file_and_a_later_default_does_not_hide_a_difference(tmp_path: Path) -> None:

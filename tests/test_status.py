@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.engines import free_port, wait_for
-from ret_fl.events import ANSWERED, FAILED, JOINED, MOVED, ROUND, SENT, TRAINED, Journal
+from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, MOVED, ROUND, SENT, TRAINED, Journal
 from ret_fl.files import read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
@@ -78,7 +78,7 @@ def test_status_of_a_finished_run_names_its_shards_and_nodes(run_dir: Path) -> N
         assert f"{row['loss']:.4f}" in shown.output
 
 
-def test_status_in_mid_round_tells_who_is_at_work(tmp_path: Path) -> None:
+def test_status_between_rounds_tells_what_was_done_and_what_is_left(tmp_path: Path) -> None:
     looks: list[RunStatus] = []
 
     def client(message: Message, context: Context) -> Message:
@@ -95,7 +95,32 @@ def test_status_in_mid_round_tells_who_is_at_work(tmp_path: Path) -> None:
     assert all(n.speed and not n.orders and n.state == "idle" for n in later.nodes.values())
 
 
-def test_a_failure_is_told_with_its_reason_and_the_second_node(tmp_path: Path) -> None:
+def test_status_tells_who_is_at_work_and_who_is_gone(tmp_path: Path) -> None:
+    config = RunConfig.from_flat(TINY | {"out": str(tmp_path / "run"), "shards": 3})
+    run = RunDir.begin(config)
+    journal = Journal(run.events, 7)
+    for node in (11, 12, 13):
+        journal.note(JOINED, node=node, partition=node - 11, device="cuda:0", samples=24)
+        journal.note(SENT, round=4, shard=node - 11, node=node, images=100, attempt=1)
+    journal.note(TRAINED, round=4, shard=1, node=12, images=100, samples=8, seconds=2.0, loss=0.5, skip_rate=0.25)
+    journal.note(GONE, node=13)
+    journal.note(FAILED, round=4, shard=2, node=13, why="the node is gone")
+    journal.note(SENT, round=4, shard=2, node=12, images=100, attempt=2)
+    status = read_status(run)
+    assert [status.nodes[n].state for n in (11, 12, 13)] == ["has shard 0", "has shard 2", "gone"]
+    assert [s.state for s in status.shards.values()] == [
+        "round 4: ordered",
+        "round 4: trained",
+        "round 4: ordered again",
+    ]
+    assert (status.nodes[12].speed, status.nodes[13].there) == (50.0, False)
+    shown = ret_fl("status", run.path).output
+    assert "round 4 shard 2 node 13: the node is gone" in shown
+    journal.note(BACK, node=13)
+    assert read_status(run).nodes[13].state == "idle"
+
+
+def test_a_failure_is_told_with_its_reason(tmp_path: Path) -> None:
     def fail(request: Message, reply: Message) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the GPU is on fire"), reply_to=request)
 

@@ -92,6 +92,21 @@ def test_a_done_study_trains_nothing_again_even_without_its_folders(finished: Pa
     assert list(elsewhere.iterdir()) == []
 
 
+def test_points_in_the_folders_serve_another_results_file(finished: Path) -> None:
+    """Also one begun under other defaults."""
+    other = ResultsFile(finished.parent / "other.jsonl")
+    other.defaults["optimizer.lr"] = 1.0
+    other.add([])
+    trained = {p: p.stat().st_mtime_ns for p in (finished.parent / "runs").rglob("metrics.jsonl")}
+    run_study(finished, finished.parent / "runs", other.path, jobs=2)
+    assert {p: p.stat().st_mtime_ns for p in (finished.parent / "runs").rglob("metrics.jsonl")} == trained
+    assert not any(cell.missing(ResultsFile(other.path)) for cell in Study.read(finished).cells())
+    numbers = [
+        [r.model_dump(exclude={"settings"}) for r in f.rows] for f in (results(finished), ResultsFile(other.path))
+    ]
+    assert numbers[0] == numbers[1]
+
+
 def test_a_changed_setting_or_length_makes_rows_stale(finished: Path) -> None:
     for change in (("local-epochs = 1", "local-epochs = 2"), ("num-server-rounds = 2", "num-server-rounds = 4")):
         study = Study.read(write(finished.parent, GRID.replace(*change)))

@@ -1,0 +1,63 @@
+"""Replies averaged as they arrive: what Flower makes of all of them at once, and only where that is enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, Krum, Strategy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ledgers import report
+
+from ret_fl.averaging import RunningMean, needs_the_mean_only
+from ret_fl.protocol import METRICS, State, TrainReport, base_content, pack_state, unpack_state
+
+
+def told(examples: int, loss: float) -> TrainReport:
+    """A sound report of so many examples and this loss."""
+    return report(0, [1], num_examples=examples, loss=loss, skip_rate=loss / 2)
+
+
+def weights(seed: int) -> State:
+    rng = np.random.default_rng(seed)
+    return {"raw.a": rng.normal(size=(3, 4)).astype(np.float32), "ema.b": rng.normal(size=5).astype(np.float32)}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0.01, 10)), min_size=1, max_size=8))
+def test_the_running_mean_is_flowers_mean_of_all_replies(replies: list[tuple[int, float]]) -> None:
+    mean, messages = RunningMean(), []
+    for i, (examples, loss) in enumerate(replies):
+        mean.add(pack_state(weights(i)), told(examples, loss))
+        messages.append(Message(base_content(pack_state(weights(i)), told(examples, loss)), 1, "train"))
+    assert mean.content is not None
+    arrays, metrics = FedAvg().aggregate_train(1, messages)
+    alone, alone_metrics = FedAvg().aggregate_train(1, [Message(mean.content, 1, "train")])
+    assert arrays is not None and alone is not None and metrics is not None and alone_metrics is not None
+    expected, found = unpack_state(arrays), unpack_state(alone)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert dict(alone_metrics) == pytest.approx(dict(metrics))
+    assert mean.content.metric_records[METRICS]["num-examples"] == sum(examples for examples, _ in replies)
+
+
+class MyFedAvg(FedAvg):
+    """Somebody's own: who knows what it does to single replies."""
+
+
+def by_own_metrics(records: list[RecordDict], key: str) -> MetricRecord:
+    return MetricRecord({"replies": len(records)})
+
+
+@pytest.mark.parametrize(
+    ("base", "enough"),
+    [(FedAvg(), True), (FedAvgM(), True), (FedAdam(), True), (FedMedian(), False), (FedTrimmedAvg(), False),
+     (Krum(num_malicious_nodes=1), False), (MyFedAvg(), False), (FedAvg(weighted_by_key="loss"), False),
+     (FedAvg(train_metrics_aggr_fn=by_own_metrics), False)],
+    ids=["FedAvg", "FedAvgM", "FedAdam", "FedMedian", "FedTrimmedAvg", "Krum", "a subclass", "other weights",
+         "other metrics"],
+)  # fmt: skip
+def test_only_strategies_that_average_first_are_given_the_mean(base: Strategy, enough: bool) -> None:
+    assert needs_the_mean_only(base) is enough
