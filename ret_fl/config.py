@@ -48,7 +48,7 @@ class RunConfig(Section):
     resume: str = Field("", description="Folder of an interrupted run to go on with.")
     seed: int = Field(0, ge=0, description="Seed of weights, batches, noise and moves.")
     num_server_rounds: int = Field(20, ge=1, description="R. A round is one phase of local training on every shard.")
-    shards: int = Field(2, ge=1, description="K, the number of proxies; each trains on its own shard.")
+    shards: int = Field(4, ge=1, description="K, the number of proxies; each trains on its own shard.")
     local_epochs: int = Field(10, ge=1, description="E, passes of a proxy over its shard in one round.")
     batch_size: int = Field(32, ge=1, description="B, images a training step.")
     aggregate_every: int = Field(
