@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords, aggregate_metricrecords
 
 from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, TrainReport, base_content
 
-NEED_THE_MEAN_ONLY = (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad)
+HAND_ON_THE_MEAN = (FedAvg, FedProx)
+NEED_THE_MEAN_ONLY = (*HAND_ON_THE_MEAN, FedAvgM, FedAdam, FedYogi, FedAdagrad)
 
 
 def needs_the_mean_only(base: Strategy) -> bool:
@@ -50,3 +51,16 @@ class RunningMean:
         pair = [RecordDict({METRICS: by}) for _, by in both]
         told.update(aggregate_metricrecords(pair, NUM_EXAMPLES))
         told[NUM_EXAMPLES] = self.examples
+
+    def through(
+        self, base: Strategy, server_round: int, reply: Message
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What `base` makes of the mean, given to it as the one reply there is.
+
+        FedAvg multiplies it by 1, in two copies more: they are spared.
+        """
+        assert self.content is not None, "there is no mean before the first reply"
+        if type(base) in HAND_ON_THE_MEAN:
+            return self.content.array_records[ARRAYS], aggregate_metricrecords([self.content], NUM_EXAMPLES)
+        reply.content = self.content
+        return base.aggregate_train(server_round, [reply])

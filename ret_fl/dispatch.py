@@ -167,23 +167,29 @@ class Dispatcher(Grid):
 
     def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        # one at a time, so that no more than one reply's weights are in memory beside their mean
-        for reply in (reply for asked in whose for reply in self.grid.pull_messages([asked])):
-            asked = reply.metadata.reply_to_message_id
-            errand = whose.get(asked)
-            if errand is None or errand.reply is not None:
-                continue
-            node = errand.asked.pop(asked)
-            if reply.has_error():
-                again = reply.error.code not in SURELY_THE_APPS
-                self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
-            elif (why := phase.judge(errand.shard, reply)) is not None:
-                self._failed(phase, errand, node, why, same_node=False)
-            else:
-                errand.reply, errand.answered_by = reply, node
-                seconds = time.monotonic() - errand.sent_at
-                self._note(ANSWERED, phase, errand, node, seconds=seconds)
-                self.roster.answered(node, phase.work[errand.shard], seconds)
+        for asked in whose:
+            # one at a time, so that no more than one reply's weights are in memory beside their mean
+            for reply in self.grid.pull_messages([asked]):
+                self._take(phase, whose, reply)
+                del reply  # one that was refused still has its weights
+
+    def _take(self, phase: Phase, whose: dict[str, Errand], reply: Message) -> None:
+        """Judge a reply: the first sound one to an errand counts, one that is not is asked of another node."""
+        asked = reply.metadata.reply_to_message_id
+        errand = whose.get(asked)
+        if errand is None or errand.reply is not None:
+            return
+        node = errand.asked.pop(asked)
+        if reply.has_error():
+            again = reply.error.code not in SURELY_THE_APPS
+            self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
+        elif (why := phase.judge(errand.shard, reply)) is not None:
+            self._failed(phase, errand, node, why, same_node=False)
+        else:
+            errand.reply, errand.answered_by = reply, node
+            seconds = time.monotonic() - errand.sent_at
+            self._note(ANSWERED, phase, errand, node, seconds=seconds)
+            self.roster.answered(node, phase.work[errand.shard], seconds)
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
         self._note_failure(phase, errand, node, why)

@@ -68,13 +68,12 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         strategy, weights = fresh_strategy(config, data, roster, roster.alive(grid))
     recorder = RunRecorder(run, config, strategy, data)
     remaining = config.num_server_rounds - strategy.first_round
+    arrays = pack_state(weights)
+    del weights, checkpoint  # Flower keeps the first weights until the run ends: once is enough
     if remaining > 0:
-        result = strategy.start(
-            grid, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
-        )
-        weights = unpack_state(result.arrays)
+        arrays = strategy.start(grid, arrays, remaining, timeout=config.round_timeout, evaluate_fn=recorder).arrays
     recorder.close()
-    finish(run, config, data, weights, strategy.ledger)
+    finish(run, config, data, unpack_state(arrays), strategy.ledger)
     log(INFO, "finished: %s", run.summary)
 
 

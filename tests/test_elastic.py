@@ -243,6 +243,8 @@ def test_a_node_that_comes_back_is_used_again(
 ) -> None:
     monkeypatch.setattr(ret_fl.roster, "STAY_SECONDS", 0.0)
     fed = federate(tiny({"num-server-rounds": 3}))
+    # measured in rounds of milliseconds they would differ by chance
+    monkeypatch.setattr(fed.strategy.roster, "speed_of", lambda node: 100.0)
     note, away = fed._note, {}
 
     def comes_and_goes(server_round, arrays):  # type: ignore[no-untyped-def]
