@@ -31,7 +31,7 @@ from ret_fl.data.sources import deal, load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.mitigation.losslog import BINS
-from ret_fl.protocol import ARRAYS, TrainOrder, TrainReport, pack_state, unpack_state
+from ret_fl.protocol import ARRAYS, TrainOrder, TrainReport, find, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
@@ -64,7 +64,7 @@ class LazyGrid(InlineGrid):
 
     def _answer(self, message: Message) -> Message:
         began = time.perf_counter()
-        weights = message.content.array_records[ARRAYS]
+        weights = find(message.content, ARRAYS, ArrayRecord) or ArrayRecord()
         order, _ = TrainOrder.unpack(RecordDict({**message.content, ARRAYS: ArrayRecord()}))
         content = untrained(order).pack(None)
         # one array after the other: what it takes to make a reply is no memory of the server's

@@ -9,6 +9,7 @@ One server round:
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterable
@@ -346,6 +347,9 @@ class RedistributeEnsemble(Strategy):
                 assert weights is not None  # check_reply saw to it
                 message.content = base_content(weights, report)
             arrays, metrics = self.base.aggregate_train(server_round, messages)
+            for message in messages:
+                message.content = RecordDict()
+            gc.collect()  # all replies, which Flower has looked at (protocol.find)
         if arrays is None:
             raise FederationError(f"{type(self.base).__name__} returned no weights for {len(messages)} sound replies")
         return arrays, metrics
