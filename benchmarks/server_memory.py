@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ from ret_fl.data.sources import deal, load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.mitigation.losslog import BINS
-from ret_fl.protocol import ARRAYS, TrainOrder, TrainReport, find, pack_state, unpack_state
+from ret_fl.packing import pack_state, unpack_state
+from ret_fl.protocol import ARRAYS, TrainOrder, TrainReport, find
 from ret_fl.recorder import RunRecorder
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
@@ -88,17 +89,20 @@ def untrained(order: TrainOrder) -> TrainReport:
 
 
 class Peak:
-    """The largest resident size of this process while it is entered, in bytes."""
+    """The largest of what `size` tells while it is entered: the resident bytes of this process, or of others."""
+
+    def __init__(self, size: Callable[[], int] | None = None) -> None:
+        self.size = size or (lambda: psutil.Process().memory_info().rss)
 
     def __enter__(self) -> Peak:
-        self.process, self.most, self.over = psutil.Process(), 0, threading.Event()
+        self.most, self.over = 0, threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
         while not self.over.wait(0.002):
-            self.most = max(self.most, self.process.memory_info().rss)
+            self.most = max(self.most, self.size())
 
     def __exit__(self, *_: object) -> None:
         self.over.set()

@@ -12,11 +12,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
+from ret_fl.packing import PackingError, State, decode, pack_state, unpack_state
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
-State = dict[str, NDArray[np.float32]]
-"""A model's weights on the wire: 'raw.<name>' and 'ema.<name>'."""
 
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -32,16 +31,12 @@ def _pack(arrays: Mapping[str, NDArray]) -> ArrayRecord:
     return ArrayRecord({key: Array(np.ascontiguousarray(value)) for key, value in arrays.items()})
 
 
-def pack_state(state: State) -> ArrayRecord:
-    return _pack(state)
-
-
-def unpack_state(record: ArrayRecord) -> State:
+def _unpack(record: ArrayRecord) -> dict[str, NDArray]:
     """Decode every array. Raises `ProtocolError` for one whose bytes are not the array it says it is."""
     try:
-        return {key: value.numpy() for key, value in record.items()}
-    except (ValueError, TypeError, OSError, EOFError, SyntaxError) as error:
-        raise ProtocolError(f"an array cannot be decoded: {error}") from None
+        return decode(record)
+    except PackingError as error:
+        raise ProtocolError(str(error)) from None
 
 
 def payload_bytes(record: RecordDict) -> int:
@@ -124,7 +119,7 @@ class TrainOrder:
         if told is None:
             raise ProtocolError(f"the message lacks its {ORDER!r} record (it has {sorted(record)})")
         scalars = dict(told)
-        samples = unpack_state(_get(record, SAMPLES))
+        samples = _unpack(_get(record, SAMPLES))
         missing = [k for k in (*cls._SCALARS, "config") if k not in scalars] + [
             k for k in cls._SAMPLES if k not in samples
         ]
@@ -138,7 +133,10 @@ class TrainOrder:
             raise ProtocolError(f"order for shard {order.shard}: empty, or columns of unequal length")
         if order.hashes.shape != (len(order.ids) if order.signature else 0, 16) or order.hashes.dtype != np.uint8:
             raise ProtocolError(f"order for shard {order.shard}: signed, but not with a hash of each sample")
-        return order, unpack_state(_get(record, ARRAYS))
+        try:
+            return order, unpack_state(_get(record, ARRAYS))
+        except PackingError as error:
+            raise ProtocolError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ class TrainReport:
         scalars, metrics = find(record, ORDER, ConfigRecord), find(record, METRICS, MetricRecord)
         if scalars is None or metrics is None:
             raise ProtocolError(f"not a training report: it has {sorted(record)}")
-        arrays = unpack_state(_get(record, REPORT))
+        arrays = _unpack(_get(record, REPORT))
         names = {key: key.replace("_", "-") for key in cls._METRICS}
         missing = [k for k in cls._SCALARS if k not in scalars] + [k for k in cls._ARRAYS if k not in arrays]
         missing += [name for name in (*names.values(), NUM_EXAMPLES) if name not in metrics]

@@ -21,7 +21,7 @@ from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.roster import Roster
 from ret_fl.rundir import RunDir

@@ -23,7 +23,7 @@ from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.proxy import ProxyTrainer
 from ret_fl.rounds import RoundSummary
 from ret_fl.rundir import RunDir

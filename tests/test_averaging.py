@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from ledgers import report
 
 from ret_fl.averaging import RunningMean, needs_the_mean_only
-from ret_fl.protocol import METRICS, State, TrainReport, base_content, pack_state, unpack_state
+from ret_fl.packing import State, pack_state, unpack_state
+from ret_fl.protocol import METRICS, TrainReport, base_content
 from simulations.inline import InlineGrid
 
 

@@ -22,7 +22,8 @@ import ret_fl.roster
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import Hello, TrainOrder, TrainReport, pack_state, unpack_state
+from ret_fl.packing import pack_state, unpack_state
+from ret_fl.protocol import Hello, TrainOrder, TrainReport
 from ret_fl.roster import FederationError, Roster
 from ret_fl.strategy import RedistributeEnsemble
 
@@ -83,8 +84,8 @@ def silence(fed: Federation, node: int, *, gone: bool) -> None:
 def nan_weights(request: Message, reply: Message) -> Message:
     report, weights = TrainReport.unpack(reply.content)
     assert weights is not None
-    name = next(iter(weights))
-    bad = {key: array.numpy() * (np.nan if key == name else 1) for key, array in weights.items()}
+    bad = unpack_state(weights)
+    next(iter(bad.values())).fill(np.nan)
     return Message(report.pack(bad), reply_to=request)
 
 

@@ -1,5 +1,9 @@
-"""Server sends `values` floats to every client, every client sends them back; times of the rounds go to `out`."""
+"""Server sends `values` floats to every client, every client sends them back; times of the rounds go to `out`.
 
+imports: modules, between spaces, that a client loads before it answers.
+"""
+
+import importlib
 import json
 import time
 from pathlib import Path
@@ -16,6 +20,8 @@ client = ClientApp()
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
+    for name in str(context.run_config["imports"]).split():
+        importlib.import_module(name)
     content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})})
     return Message(content, reply_to=message)
 
