@@ -4,8 +4,8 @@
     python -m benchmarks.deployment --preset base   # a smaller one
 
 SuperLink and SuperNodes are those of `ret-fl deploy local` and stay up; apps take turns on them:
-  flower   benchmarks/noop: clients send back what they are sent, as many bytes as ret-fl's (raw and averaged weights)
-  + torch  the same, whose clients load torch and diffusers first, since Flower starts a process for every order
+  flower   benchmarks/noop: clients send back as many bytes as ret-fl's (raw and averaged weights), and do nothing
+  + U-Net  the same, whose clients load torch and diffusers' U-Net first, since Flower starts a process for every order
   ret-fl   with its defaults, a shard being one small batch
 A phase lasts from one sending of orders to the next, the first of a run left out; training is the slowest client's, as
 it tells. Memory is the most that the process of the ServerApp takes, in sizes of a reply.
@@ -37,7 +37,7 @@ from ret_fl.settings import new_run
 ROOT = Path(__file__).parent.parent
 NODES = 3
 BAR = 1.0
-FLOWER, TORCH, OURS = "flower", "+ torch", "ret-fl"
+FLOWER, UNET, OURS = "flower", "+ U-Net", "ret-fl"
 
 
 @dataclass
@@ -90,17 +90,17 @@ def ours(running: LocalFederation, out: Path, rounds: int, preset: str) -> tuple
 
 def measure(folder: Path, preset: str, rounds: int, repeats: int) -> tuple[dict[str, Measured], int]:
     """Each kind of app by turns, and the bytes of a reply."""
-    found = {kind: Measured() for kind in (FLOWER, TORCH, OURS)}
+    found = {kind: Measured() for kind in (FLOWER, UNET, OURS)}
     size = 0
     with local_federation(folder / "federation", NODES, folder / "flower.log", tls=True) as running:
         for i in range(repeats):
-            for kind in (OURS, FLOWER, TORCH):
+            for kind in (OURS, FLOWER, UNET):
                 with Peak(lambda: server_app(running)) as peak:
                     if kind == OURS:
                         phases, training, size = ours(running, folder / f"run-{i}", rounds, preset)
                         found[kind].training += training
                     else:
-                        modules = ["torch", "diffusers"] if kind == TORCH else []
+                        modules = ["torch", "diffusers.models.unets.unet_2d"] if kind == UNET else []
                         phases = bare(running, folder, rounds, size // 4, modules)
                 found[kind].phases += phases
                 found[kind].memory.append(peak.most)
@@ -123,7 +123,7 @@ def main() -> None:
         row = f"{kind:<9} {statistics.median(told.phases):>16.1f} {trained:>15}"
         print(f"{row} {statistics.median(told.memory) / size:>19.1f}")
     own = statistics.median(found[OURS].phases) - statistics.median(found[OURS].training)
-    for kind in (FLOWER, TORCH):
+    for kind in (FLOWER, UNET):
         print(f"{OURS} less training less {kind}: {own - statistics.median(found[kind].phases):+.1f} s (bar: {BAR} s)")
 
 
