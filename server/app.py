@@ -19,6 +19,7 @@ from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
+from ret_fl.dispatch import Dispatcher
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, pack_state, unpack_state
@@ -61,7 +62,7 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         _refuse_other_data(checkpoint, data)
     _warn_of_duplicates(config, data)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
-    roster.greet(grid)
+    roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
     if checkpoint:
         strategy, weights = _resumed(config, data, roster, checkpoint)
     else:
