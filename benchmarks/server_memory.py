@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -89,20 +89,17 @@ def untrained(order: TrainOrder) -> TrainReport:
 
 
 class Peak:
-    """The largest of what `size` tells while it is entered: the resident bytes of this process, or of others."""
-
-    def __init__(self, size: Callable[[], int] | None = None) -> None:
-        self.size = size or (lambda: psutil.Process().memory_info().rss)
+    """The largest resident size of this process while it is entered, in bytes."""
 
     def __enter__(self) -> Peak:
-        self.most, self.over = 0, threading.Event()
+        self.process, self.most, self.over = psutil.Process(), 0, threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
         while not self.over.wait(0.002):
-            self.most = max(self.most, self.size())
+            self.most = max(self.most, self.process.memory_info().rss)
 
     def __exit__(self, *_: object) -> None:
         self.over.set()

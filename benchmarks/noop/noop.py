@@ -35,6 +35,6 @@ def main(grid: Grid, context: Context) -> None:
     arrays = ArrayRecord({"x": Array(np.random.default_rng(0).random(int(config["values"]), np.float32))})
     times = []
     FedAvg(fraction_evaluate=0.0).start(
-        grid, arrays, int(config["rounds"]), evaluate_fn=lambda round, arrays: times.append(time.monotonic())
+        grid, arrays, int(config["rounds"]), evaluate_fn=lambda round, arrays: times.append(time.time())
     )
     Path(str(config["out"])).write_text(json.dumps(times))
