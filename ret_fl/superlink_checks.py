@@ -203,8 +203,8 @@ def check_key(address: str, root_certificates: Path | None, path: Path) -> Findi
 def _code_of_refusal(address: str, root_certificates: Path, key: EllipticCurvePrivateKey) -> int | None:
     """How the SuperLink refuses the signed request; None if it does not.
 
-    Flower has no public call that asks whether a key is registered: `flwr supernode list` shows no keys. This is the one
-    place that speaks as its SuperNodes do, by modules of Flower that may move in another version.
+    Flower has no public call that asks whether a key is registered: `flwr supernode list` shows no keys. This is the
+    one place that speaks as its SuperNodes do, by modules of Flower that may move in another version.
     """
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
     from flwr.supercore.error import FlowerError

@@ -24,7 +24,9 @@ client = ClientApp()
 def train(message: Message, context: Context) -> Message:
     for name in str(context.run_config["imports"]).split():
         importlib.import_module(name)
-    changed = message.content["arrays"]["x"].numpy() * np.float32(1 + 0.01 * np.random.default_rng().random())
+    sent = message.content["arrays"]
+    assert isinstance(sent, ArrayRecord)
+    changed = sent["x"].numpy() * np.float32(1 + 0.01 * np.random.default_rng().random())
     content = RecordDict({"arrays": ArrayRecord({"x": Array(changed)}), "metrics": MetricRecord({"num-examples": 1})})
     return Message(content, reply_to=message)
 
