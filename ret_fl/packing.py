@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 State = dict[str, NDArray[np.float32]]
 """A model's weights: 'raw.<name>' and 'ema.<name>'."""
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 2 << 20
 """No array is larger, unless a single tensor is."""
 
 
