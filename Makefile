@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/$(shell date +%Y%m%d-%H%M%S)-digits
 
-.PHONY: help setup run test test-slow study-small study bench clean
+.PHONY: help setup run test test-slow test-deployment study-small study bench clean
 
 help: ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP) ## create .venv and install
 
@@ -33,6 +33,9 @@ test: setup ## lint, types, tests
 test-slow: setup ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
+test-deployment: setup ## SuperLink and SuperNodes as real processes, and kill -9 of each; minutes long
+	$(BIN)/pytest -m deployment
+
 study-small: setup ## the essential evidence on digits: central, IET, IET+AGC, the default; minutes
 	$(BIN)/python -m simulations.study simulations/studies/small.toml
 
@@ -46,6 +49,7 @@ bench: setup ## speed, as ratios measured in one run
 	$(BIN)/python -m benchmarks.audit
 	$(BIN)/python -m benchmarks.server_memory
 	$(BIN)/python -m benchmarks.samples
+	$(BIN)/python -m benchmarks.deployment
 
 clean: ## remove .venv and caches, keep runs/
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from clients.app import app as client_app
@@ -31,7 +31,8 @@ from ret_fl.data.sources import deal, load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.mitigation.losslog import BINS
-from ret_fl.protocol import TrainOrder, TrainReport, pack_state, unpack_state
+from ret_fl.packing import pack_state, unpack_state
+from ret_fl.protocol import ARRAYS, TrainOrder, TrainReport, find
 from ret_fl.recorder import RunRecorder
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
@@ -64,10 +65,13 @@ class LazyGrid(InlineGrid):
 
     def _answer(self, message: Message) -> Message:
         began = time.perf_counter()
-        order, weights = TrainOrder.unpack(message.content)
-        reply = Message(untrained(order).pack({k: v * 1.01 for k, v in weights.items()}), reply_to=message)
+        weights = find(message.content, ARRAYS, ArrayRecord) or ArrayRecord()
+        order, _ = TrainOrder.unpack(RecordDict({**message.content, ARRAYS: ArrayRecord()}))
+        content = untrained(order).pack(None)
+        # one array after the other: what it takes to make a reply is no memory of the server's
+        content[ARRAYS] = ArrayRecord({k: Array(v.numpy() * np.float32(1.01)) for k, v in weights.items()})
         self.making += time.perf_counter() - began
-        return reply
+        return Message(content, reply_to=message)
 
 
 def untrained(order: TrainOrder) -> TrainReport:

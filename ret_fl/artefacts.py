@@ -25,7 +25,7 @@ from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import make_scheduler
 from ret_fl.diffusion.sampling import save_pipeline
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import State
+from ret_fl.packing import State
 from ret_fl.recorder import ema_state
 from ret_fl.rundir import RunDir
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords, aggregate_metricrecords
 
-from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, TrainReport, base_content
+from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, TrainReport, base_content, find
 
-NEED_THE_MEAN_ONLY = (FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad)
+HAND_ON_THE_MEAN = (FedAvg, FedProx)
+NEED_THE_MEAN_ONLY = (*HAND_ON_THE_MEAN, FedAvgM, FedAdam, FedYogi, FedAdagrad)
 
 
 def needs_the_mean_only(base: Strategy) -> bool:
@@ -36,17 +37,46 @@ class RunningMean:
         self.examples = 0
 
     def add(self, weights: ArrayRecord, report: TrainReport) -> None:
-        """Take in a reply, whose weights need not be kept."""
+        """Take over a reply: its weights become the mean, or are empty afterwards."""
         new = base_content(weights, report)
         self.examples += report.num_examples
         if self.content is None:
             self.content = new
             return
-        both = [(content.array_records[ARRAYS], content.metric_records[METRICS]) for content in (self.content, new)]
-        mean, told = both[0]
-        for name in weights:
-            pair = [RecordDict({ARRAYS: ArrayRecord({name: arrays[name]}), METRICS: by}) for arrays, by in both]
-            mean[name] = aggregate_arrayrecords(pair, NUM_EXAMPLES)[name]
-        pair = [RecordDict({METRICS: by}) for _, by in both]
-        told.update(aggregate_metricrecords(pair, NUM_EXAMPLES))
+        (mean, told), (_, fresh) = _parts(self.content), _parts(new)
+        for name in list(weights):
+            pair = [ArrayRecord({name: mean[name]}), ArrayRecord({name: weights.pop(name)})]
+            contents = [RecordDict({ARRAYS: one, METRICS: by}) for one, by in zip(pair, (told, fresh), strict=True)]
+            mean[name] = aggregate_arrayrecords(contents, NUM_EXAMPLES)[name]
+            for one in pair:
+                one.clear()  # see protocol.find: Flower has looked at the contents, which stay for a while
+        told.update(_mean_metrics([told, fresh]))
         told[NUM_EXAMPLES] = self.examples
+
+    def through(
+        self, base: Strategy, server_round: int, reply: Message
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What `base` makes of the mean, given to it as the one `reply` there is; the mean is then used up.
+
+        FedAvg multiplies it by 1, in two copies more: they are spared.
+        """
+        assert self.content is not None, "there is no mean before the first reply"
+        content, self.content = self.content, None
+        mean, told = _parts(content)
+        if type(base) in HAND_ON_THE_MEAN:
+            return mean, _mean_metrics([told])
+        reply.content = content
+        arrays, metrics = base.aggregate_train(server_round, [reply])
+        mean.clear()
+        return arrays, metrics
+
+
+def _parts(content: RecordDict) -> tuple[ArrayRecord, MetricRecord]:
+    arrays, metrics = find(content, ARRAYS, ArrayRecord), find(content, METRICS, MetricRecord)
+    assert arrays is not None and metrics is not None, "base_content makes both"
+    return arrays, metrics
+
+
+def _mean_metrics(metrics: list[MetricRecord]) -> MetricRecord:
+    """Flower's mean of them, each by its examples."""
+    return aggregate_metricrecords([RecordDict({METRICS: one}) for one in metrics], NUM_EXAMPLES)

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from ret_fl.files import sync
 from ret_fl.ledger import LedgerError, ShardLedger
-from ret_fl.protocol import State
+from ret_fl.packing import State
 from ret_fl.rounds import ShardState
 
 log = logging.getLogger(__name__)

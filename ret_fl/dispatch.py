@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from logging import WARNING
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from ret_fl.events import ANSWERED, FAILED, SENT
 from ret_fl.roster import Roster
 
+T = TypeVar("T")
+
 PULL_SECONDS = 0.5
 LOOK_SECONDS = 5.0
 """How often the dispatcher asks which nodes are alive."""
 LEAST_SECONDS = 120.0
 """No node is thought too slow before."""
+BUSY_TRIES, BUSY_SECONDS = 10, 2.0
+"""How often, and how long apart, a SuperLink that answers with an error of its own is asked again."""
 SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
 """Errors that the same node would answer with again."""
 
@@ -69,6 +78,13 @@ class Errand:
         self.messages.append(Message(self.first.content, node, like.message_type, ttl=like.ttl))
         return self.messages[-1]
 
+    def renewed(self) -> Message:
+        """The last message made anew, for the same node."""
+        old = self.messages[-1]
+        like = old.metadata
+        self.messages[-1] = Message(old.content, like.dst_node_id, like.message_type, ttl=like.ttl)
+        return self.messages[-1]
+
     def resent(self) -> list[dict[str, object]]:
         """Each time it was sent again, as metrics.jsonl tells it."""
         return [{"shard": self.shard, "why": why} for _, why in zip(self.messages[1:], self.failures, strict=False)]
@@ -82,6 +98,24 @@ class Phase:
     errands: dict[int, Errand]
     judge: Callable[[int, Message], str | None]
     work: dict[int, int]
+
+
+def _busy(error: httpx.HTTPStatusError) -> bool:
+    """Whether the SuperLink failed at a request: above all "database is locked", which passes."""
+    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+
+
+def _until_not_busy(ask: Callable[[], T]) -> T:
+    """What is answered, once it is. Raises what the last of `BUSY_TRIES` raised."""
+    for tried in range(1, BUSY_TRIES + 1):
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if not _busy(error) or tried == BUSY_TRIES:
+                raise
+            log(WARNING, "the SuperLink is busy (%s): asked again in %g s", error, BUSY_SECONDS)
+        time.sleep(BUSY_SECONDS)
+    raise AssertionError("BUSY_TRIES is at least 1")
 
 
 class Dispatcher(Grid):
@@ -107,7 +141,7 @@ class Dispatcher(Grid):
         return self.grid.create_message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
-        return self.grid.get_node_ids()
+        return _until_not_busy(self.grid.get_node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self.grid.push_messages(messages)
@@ -118,14 +152,14 @@ class Dispatcher(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
         messages = list(messages)
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         if self.phase is None or not messages:
-            return self.grid.send_and_receive(messages, timeout=timeout) if messages else []
+            return self._converse(messages, deadline) if messages else []
         phase, self.phase = self.phase, None
         errands = list(phase.errands.values())
         for errand, message in zip(errands, messages, strict=True):
             errand.messages = [message]  # strategies around ours may have made another of it
         self._send(phase, errands)
-        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         looked = time.monotonic()
         while waiting := [e for e in errands if e.open]:
             self._receive(phase, waiting)
@@ -139,20 +173,48 @@ class Dispatcher(Grid):
                 time.sleep(PULL_SECONDS)
         return [e.reply for e in errands if e.reply is not None]
 
+    def _converse(self, messages: list[Message], deadline: float) -> list[Message]:
+        """Whatever answers to these messages come in time."""
+        waiting = [i for i in _until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
+        replies: list[Message] = []
+        while True:
+            answers = self._pull(waiting)
+            replies += answers
+            answered = {reply.metadata.reply_to_message_id for reply in answers}
+            waiting = [i for i in waiting if i not in answered]
+            if not waiting or time.monotonic() >= deadline:
+                return replies
+            time.sleep(PULL_SECONDS)
+
+    def _pull(self, message_ids: list[str]) -> list[Message]:
+        """Replies that are there; none for now where the SuperLink is busy."""
+        try:
+            return list(self.grid.pull_messages(message_ids))
+        except httpx.HTTPStatusError as error:
+            if not _busy(error):
+                raise
+            log(WARNING, "the SuperLink is busy (%s): asked again", error)
+            return []
+
     def _send(self, phase: Phase, errands: list[Errand]) -> None:
         """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
-        messages = [e.messages[-1] for e in errands]
-        ids: list[str | None] = list(self.grid.push_messages(messages))
-        if len(ids) < len(messages):  # too much for one request: Flower says so in its log, and sends none
-            ids = [next(iter(self.grid.push_messages([message])), None) for message in messages]
-        for errand, message, message_id in zip(errands, messages, ids, strict=True):
+        ids: list[str | None] = []
+        with suppress(httpx.HTTPStatusError):
+            ids = list(self.grid.push_messages([e.messages[-1] for e in errands]))
+        if len(ids) < len(errands):  # too much for one request, as Flower says in its log, or the SuperLink is busy
+            ids = [_until_not_busy(partial(self._send_alone, errand)) for errand in errands]
+        for errand, message_id in zip(errands, ids, strict=True):
             errand.sent_at = time.monotonic()
-            node = message.metadata.dst_node_id
+            node = errand.nodes[-1]
             if message_id is None:
-                self._note_failure(phase, errand, node, "Flower could not send the order")
+                self._failed(phase, errand, node, "Flower could not send the order", same_node=True)
             else:
                 errand.asked[message_id] = node
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
+
+    def _send_alone(self, errand: Errand) -> str | None:
+        """Its message's ID. The message is made anew: Flower may have entered part of the other under its ID."""
+        return next(iter(self.grid.push_messages([errand.renewed()])), None)
 
     def _note(self, event: str, phase: Phase, errand: Errand, node: int, **more: object) -> None:
         self.roster.journal.note(event, round=phase.round, shard=errand.shard, node=node, **more)  # type: ignore[arg-type]
@@ -167,46 +229,52 @@ class Dispatcher(Grid):
 
     def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        # one at a time, so that no more than one reply's weights are in memory beside their mean
-        for reply in (reply for asked in whose for reply in self.grid.pull_messages([asked])):
-            asked = reply.metadata.reply_to_message_id
-            errand = whose.get(asked)
-            if errand is None or errand.reply is not None:
-                continue
-            node = errand.asked.pop(asked)
-            if reply.has_error():
-                again = reply.error.code not in SURELY_THE_APPS
-                self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
-            elif (why := phase.judge(errand.shard, reply)) is not None:
-                self._failed(phase, errand, node, why, same_node=False)
-            else:
-                errand.reply, errand.answered_by = reply, node
-                seconds = time.monotonic() - errand.sent_at
-                self._note(ANSWERED, phase, errand, node, seconds=seconds)
-                self.roster.answered(node, phase.work[errand.shard], seconds)
+        for asked in whose:
+            # one at a time, so that no more than one reply's weights are in memory beside their mean
+            for reply in self._pull([asked]):
+                self._take(phase, whose, reply)
+                del reply  # one that was refused still has its weights
+
+    def _take(self, phase: Phase, whose: dict[str, Errand], reply: Message) -> None:
+        """Judge a reply: the first sound one to an errand counts, one that is not is asked of another node."""
+        asked = reply.metadata.reply_to_message_id
+        errand = whose.get(asked)
+        if errand is None or errand.reply is not None:
+            return
+        node = errand.asked.pop(asked)
+        if reply.has_error():
+            again = reply.error.code not in SURELY_THE_APPS
+            self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
+        elif (why := phase.judge(errand.shard, reply)) is not None:
+            self._failed(phase, errand, node, why, same_node=False)
+        else:
+            errand.reply, errand.answered_by = reply, node
+            seconds = time.monotonic() - errand.sent_at
+            self._note(ANSWERED, phase, errand, node, seconds=seconds)
+            self.roster.answered(node, phase.work[errand.shard], seconds)
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
         self._note_failure(phase, errand, node, why)
         if errand.asked:
             return  # another node is at it already
-        to = self.roster.stand_in(errand.nodes, self.grid)
-        if to is None and same_node and node in self.roster.alive(self.grid):
+        to = self.roster.stand_in(errand.nodes, self)
+        if to is None and same_node and node in self.roster.alive(self):
             to = node
         if to is not None and len(errand.messages) <= self.retries:
             self._send_again(phase, errand, to)
 
     def _look_after(self, phase: Phase) -> None:
         """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
-        alive = set(self.roster.alive(self.grid))
+        alive = set(self.roster.alive(self))
         for errand in [e for e in phase.errands.values() if e.open]:
             node = errand.nodes[-1]
             if node not in alive:
                 why = "the node is gone"
             elif self._too_late(phase, errand):
-                why = "the node is far behind its usual time"
+                why = "the node is far behind the usual time"
             else:
                 continue
-            to = self.roster.stand_in(errand.nodes, self.grid)
+            to = self.roster.stand_in(errand.nodes, self)
             # a node that was restarted has lost the order it had, and does not say so
             to = node if to is None and node in alive else to
             if to is not None and len(errand.messages) <= self.retries:

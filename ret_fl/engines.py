@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -76,12 +77,21 @@ def app_environment(app: Path) -> dict[str, str]:
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM (a batch system, `timeout`) would end Python without cleaning up; here it ends what was started, too."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """SIGTERM (a batch system, `timeout`) would end Python without cleaning up; here it ends what was started, too.
+
+    A second one, which `timeout` sends, must not break that off: from the first on, this process ignores them.
+    """
+
+    def end(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:

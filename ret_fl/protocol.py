@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
+from ret_fl.packing import PackingError, State, decode, pack_state, unpack_state
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
-State = dict[str, NDArray[np.float32]]
-"""A model's weights on the wire: 'raw.<name>' and 'ema.<name>'."""
+
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 ARRAYS, METRICS, ORDER, SAMPLES, REPORT = "arrays", "metrics", "order", "samples", "report"
 NUM_EXAMPLES = "num-examples"
@@ -30,27 +31,34 @@ def _pack(arrays: Mapping[str, NDArray]) -> ArrayRecord:
     return ArrayRecord({key: Array(np.ascontiguousarray(value)) for key, value in arrays.items()})
 
 
-def pack_state(state: State) -> ArrayRecord:
-    return _pack(state)
-
-
-def unpack_state(record: ArrayRecord) -> State:
+def _unpack(record: ArrayRecord) -> dict[str, NDArray]:
     """Decode every array. Raises `ProtocolError` for one whose bytes are not the array it says it is."""
     try:
-        return {key: value.numpy() for key, value in record.items()}
-    except (ValueError, TypeError, OSError, EOFError, SyntaxError) as error:
-        raise ProtocolError(f"an array cannot be decoded: {error}") from None
+        return decode(record)
+    except PackingError as error:
+        raise ProtocolError(str(error)) from None
 
 
 def payload_bytes(record: RecordDict) -> int:
     """Bytes of all arrays in a message: what it costs to send."""
-    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+    return sum(len(a.data) for arrays in record.values() if isinstance(arrays, ArrayRecord) for a in arrays.values())
+
+
+def find(record: RecordDict, key: str, kind: type[Record]) -> Record | None:
+    """The record of this name and kind in a message, or None.
+
+    Flower's own views (`array_records`, ...) and their RecordDict refer to each other: once looked at, a message with
+    its weights stays in memory until Python looks for such circles.
+    """
+    found = record.get(key)
+    return found if isinstance(found, kind) else None
 
 
 def _get(record: RecordDict, key: str) -> ArrayRecord:
-    if key not in record.array_records:
+    found = find(record, key, ArrayRecord)
+    if found is None:
         raise ProtocolError(f"the message lacks its {key!r} record (it has {sorted(record)})")
-    return record.array_records[key]
+    return found
 
 
 @dataclass(frozen=True)
@@ -107,10 +115,11 @@ class TrainOrder:
     @classmethod
     def unpack(cls, record: RecordDict) -> tuple[TrainOrder, State]:
         """The order and the global weights. Raises `ProtocolError` for a malformed message."""
-        if ORDER not in record.config_records:
+        told = find(record, ORDER, ConfigRecord)
+        if told is None:
             raise ProtocolError(f"the message lacks its {ORDER!r} record (it has {sorted(record)})")
-        scalars = dict(record.config_records[ORDER])
-        samples = unpack_state(_get(record, SAMPLES))
+        scalars = dict(told)
+        samples = _unpack(_get(record, SAMPLES))
         missing = [k for k in (*cls._SCALARS, "config") if k not in scalars] + [
             k for k in cls._SAMPLES if k not in samples
         ]
@@ -124,7 +133,10 @@ class TrainOrder:
             raise ProtocolError(f"order for shard {order.shard}: empty, or columns of unequal length")
         if order.hashes.shape != (len(order.ids) if order.signature else 0, 16) or order.hashes.dtype != np.uint8:
             raise ProtocolError(f"order for shard {order.shard}: signed, but not with a hash of each sample")
-        return order, unpack_state(_get(record, ARRAYS))
+        try:
+            return order, unpack_state(_get(record, ARRAYS))
+        except PackingError as error:
+            raise ProtocolError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -207,10 +219,10 @@ class TrainReport:
     @classmethod
     def unpack(cls, record: RecordDict) -> tuple[TrainReport, ArrayRecord | None]:
         """The report and the weights, if any. Raises `ProtocolError` for a malformed or impossible one."""
-        if ORDER not in record.config_records or METRICS not in record.metric_records:
+        scalars, metrics = find(record, ORDER, ConfigRecord), find(record, METRICS, MetricRecord)
+        if scalars is None or metrics is None:
             raise ProtocolError(f"not a training report: it has {sorted(record)}")
-        scalars, metrics = record.config_records[ORDER], record.metric_records[METRICS]
-        arrays = unpack_state(_get(record, REPORT))
+        arrays = _unpack(_get(record, REPORT))
         names = {key: key.replace("_", "-") for key in cls._METRICS}
         missing = [k for k in cls._SCALARS if k not in scalars] + [k for k in cls._ARRAYS if k not in arrays]
         missing += [name for name in (*names.values(), NUM_EXAMPLES) if name not in metrics]
@@ -240,7 +252,7 @@ class TrainReport:
             **values,  # type: ignore[arg-type]
             **{k: arrays[k] for k in cls._ARRAYS},  # type: ignore[arg-type]
         )
-        return report, record.array_records.get(ARRAYS)
+        return report, find(record, ARRAYS, ArrayRecord)
 
 
 def base_content(weights: ArrayRecord, report: TrainReport) -> RecordDict:
@@ -266,15 +278,17 @@ class Hello:
     @staticmethod
     def requested(record: RecordDict) -> RunConfig:
         """The config a hello was asked under."""
-        if ORDER not in record.config_records or "config" not in record.config_records[ORDER]:
+        asked = find(record, ORDER, ConfigRecord)
+        if asked is None or "config" not in asked:
             raise ProtocolError(f"not a hello request: it has {sorted(record)}")
-        return RunConfig.from_flat(json.loads(str(record.config_records[ORDER]["config"])))
+        return RunConfig.from_flat(json.loads(str(asked["config"])))
 
     def pack(self) -> RecordDict:
         return RecordDict({ORDER: ConfigRecord(dict(vars(self)))})
 
     @classmethod
     def unpack(cls, record: RecordDict) -> Hello:
-        if set(record.config_records.get(ORDER, {})) != set(cls.__dataclass_fields__):
+        told = find(record, ORDER, ConfigRecord)
+        if told is None or set(told) != set(cls.__dataclass_fields__):
             raise ProtocolError(f"not a hello: it has {sorted(record)}")
-        return cls(**dict(record.config_records[ORDER]))  # type: ignore[arg-type]
+        return cls(**dict(told))  # type: ignore[arg-type]

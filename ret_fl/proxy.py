@@ -27,7 +27,8 @@ from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.mitigation import taa
 from ret_fl.mitigation.agc import Gate, LossBank, gated_mean, make_gate
 from ret_fl.mitigation.losslog import LossLog, LossSummary
-from ret_fl.protocol import State, TrainOrder, TrainReport
+from ret_fl.packing import State
+from ret_fl.protocol import TrainOrder, TrainReport
 from ret_fl.proxystate import Moments, ProxyState
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ret_fl.protocol import State
+from ret_fl.packing import State
 
 log = logging.getLogger(__name__)
 

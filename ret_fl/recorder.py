@@ -24,7 +24,7 @@ from ret_fl.diffusion.models import build_unet, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
-from ret_fl.protocol import State, unpack_state
+from ret_fl.packing import State, unpack_state
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
 

@@ -183,8 +183,15 @@ class Roster:
         self.turnaround[node] = max(self.turnaround.get(node, 0.0), seconds / images)
 
     def usual_seconds(self, node: int, images: int) -> float | None:
-        """How long after it was sent an order should be answered; None if the node never answered one."""
-        return self.turnaround[node] * images if node in self.turnaround else None
+        """How long after it was sent an order should be answered.
+
+        From a node that never answered one as long as from the slowest other, or by the speed it measured, if that is
+        longer; None where neither is known.
+        """
+        if node in self.turnaround:
+            return self.turnaround[node] * images
+        guesses = list(self.turnaround.values()) + ([1 / self.speed[node]] if node in self.speed else [])
+        return max(guesses) * images if guesses else None
 
     def stand_in(self, tried: Collection[int], grid: Grid) -> int | None:
         """The fastest living node not tried yet, or None."""

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ret_fl.ledger import Moves
 from ret_fl.mitigation.losslog import BINS
-from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, unpack_state
+from ret_fl.packing import PackingError, decode, parts
+from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport
 
 TOLD = 10
 """Sample IDs of each tail that metrics.jsonl names a shard and round."""
@@ -119,12 +120,19 @@ def _check_weights(weights: ArrayRecord | None, expected: ArrayRecord) -> None:
     if weights is None:
         raise ProtocolError("it has no weights")
     if set(weights) != set(expected):
-        raise ProtocolError(f"its weights have other names: {sorted(set(weights) ^ set(expected))[:3]}")
-    for name, packed in weights.items():
+        told, due = ({name for key in record for name in key.split(",")} for record in (weights, expected))
+        raise ProtocolError(f"its weights have other names or shapes: {sorted(told ^ due)[:3]}")
+    for key, packed in weights.items():
+        names = key.split(",")
         # as decoded, not what its header says: the base strategy will decode it again
-        (array,) = unpack_state(ArrayRecord({name: packed})).values()
-        shape = tuple(expected[name].shape)
+        try:
+            (array,) = decode(ArrayRecord({key: packed})).values()
+        except PackingError as error:
+            raise ProtocolError(str(error)) from None
+        shape = tuple(expected[key].shape)
         if array.dtype != np.float32 or array.shape != shape:
-            raise ProtocolError(f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
+            where = f"{names[0]} to {names[-1]}"
+            raise ProtocolError(f"the array of {where} is {array.dtype} {array.shape}, expected float32 {shape}")
         if not np.isfinite(array).all():
+            name = next(name for name, value in parts(key, array) if not np.isfinite(value).all())
             raise ProtocolError(f"{name} is not finite")

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -142,25 +143,34 @@ def _tell_shard(shard: ShardStatus, event: Event) -> None:
 
 
 def render(status: RunStatus) -> Group:
-    """The status as tables, ages as of now."""
+    """The status as tables that fit 80 columns, ages as of now. Shards name a node by its partition, which is short."""
     now = time.time()
-    shards = Table(
-        "shard", "node", "samples", "loss", "skipped", "state", "since", title="shards", title_justify="left"
-    )
+    shards = _table("shards", ("shard", "on partition", "samples", "loss", "skipped"), ("state", "since"))
     for s in status.shards.values():
+        node = status.nodes.get(s.node) if s.node is not None else None
         shards.add_row(
-            str(s.shard), _text(s.node), _text(s.samples), _text(s.loss, ".4f"), _text(s.skip_rate, ".1%"), s.state,
-            _age(now, s.seen),
+            str(s.shard), _text(node.partition if node else None), _text(s.samples), _text(s.loss, ".4f"),
+            _text(s.skip_rate, ".1%"), s.state, _age(now, s.seen),
         )  # fmt: skip
-    nodes = Table("node", "partition", "device", "images/s", "state", "last seen", title="nodes", title_justify="left")
+    nodes = _table("nodes", ("partition", "images/s"), ("device", "state", "last answer", "node"))
     for n in sorted(status.nodes.values(), key=lambda n: (n.partition is None, n.partition)):
         style = None if n.there else "red"
         nodes.add_row(
-            str(n.node), _text(n.partition), n.device, _text(n.speed, ",.0f"), n.state, _age(now, n.seen), style=style
+            _text(n.partition), _rate(n.speed), n.device, n.state, _age(now, n.seen), str(n.node), style=style
         )
     failures = [f"  {_age(now, e['time'])} ago: {_failure(e)}" for e in status.failures[-5:]]
     trouble = [f"{len(status.failures)} failures, the last:", *failures] if failures else []
-    return Group(_headline(status, now), shards, nodes, *trouble)
+    return Group(_headline(status, now), "", shards, nodes, *trouble)
+
+
+def _table(title: str, numbers: Sequence[str], words: Sequence[str]) -> Table:
+    """A table whose first columns are numbers; node IDs, of up to 20 digits, are not cut."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in words:
+        table.add_column(name, no_wrap=name != "state")
+    return table
 
 
 def _failure(event: Event) -> str:
@@ -183,13 +193,17 @@ def _headline(status: RunStatus, now: float) -> str:
         row = status.last
         text += (
             f"\nloss {row['loss']:.4f}, skipped {row['skip_rate']:.1%}, moved {row['moved']}, in quarantine "
-            f"{row['quarantined']}, {row['images_per_second']:,.0f} images/s"
+            f"{row['quarantined']}, {_rate(row['images_per_second'])} images/s"
         )
     return text
 
 
 def _text(value: object, form: str = "") -> str:
     return "-" if value is None else format(value, form)
+
+
+def _rate(value: float | None) -> str:
+    return _text(value, ",.0f" if value is not None and value >= 10 else ".1f")
 
 
 def _age(now: float, then: float) -> str:
@@ -210,13 +224,13 @@ def superlink_status(connection: str) -> Group:
     """
     runs = _ask(["flwr", "list", connection, "--limit", "10"])["runs"]
     nodes = _ask(["flwr", "supernode", "list", connection])["nodes"]
-    table = Table("run", "app", "status", "elapsed", "clients' s", "MB", title="runs", title_justify="left")
+    table = _table("runs", ("clients' s", "MB"), ("elapsed", "run", "app", "state"))
     for run in runs:
         table.add_row(
-            str(run["run-id"]), str(run["fab-name"]), _run_state(run), _elapsed(run["elapsed"]),
             f"{run['compute-time']['clientapp-seconds']:,.0f}", f"{run['network-traffic']['total-bytes'] / 1e6:,.1f}",
+            _elapsed(run["elapsed"]), str(run["run-id"]), str(run["fab-name"]), _run_state(run),
         )  # fmt: skip
-    there = Table("node", "status", "online since", "for", title="SuperNodes", title_justify="left")
+    there = _table("SuperNodes", (), ("node", "status", "online since", "for"))
     for node in nodes:
         online = node["status"] == "online"
         there.add_row(

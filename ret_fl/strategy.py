@@ -9,6 +9,7 @@ One server round:
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterable
@@ -340,13 +341,15 @@ class RedistributeEnsemble(Strategy):
     def _average(self, server_round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         messages = [message for message, _, _ in sound]
         if self._open.mean.content is not None:
-            messages = messages[:1]
-            messages[0].content = self._open.mean.content
+            arrays, metrics = self._open.mean.through(self.base, server_round, messages[0])
         else:
             for message, report, weights in sound:
                 assert weights is not None  # check_reply saw to it
                 message.content = base_content(weights, report)
-        arrays, metrics = self.base.aggregate_train(server_round, messages)
+            arrays, metrics = self.base.aggregate_train(server_round, messages)
+            for message in messages:
+                message.content = RecordDict()
+            gc.collect()  # all replies, which Flower has looked at (protocol.find)
         if arrays is None:
             raise FederationError(f"{type(self.base).__name__} returned no weights for {len(messages)} sound replies")
         return arrays, metrics

@@ -13,10 +13,12 @@ import stat
 import time
 from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
 from ret_fl.config import ConfigError
@@ -179,12 +181,6 @@ def check_clock(ahead: float) -> Finding:
 
 def check_key(address: str, root_certificates: Path | None, path: Path) -> Finding:
     """That the SuperNode's key is one Flower takes, private to its owner, and registered with the SuperLink."""
-    from flwr.proto.fleet_pb2 import ActivateNodeRequest
-    from flwr.supercore.error import FlowerError
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
     try:
         key = load_node_key(path)
     except ConfigError as error:
@@ -192,6 +188,30 @@ def check_key(address: str, root_certificates: Path | None, path: Path) -> Findi
     if root_certificates is None:
         advice = "give --root-certificates: Flower authenticates SuperNodes over TLS only"
         return Finding.failure("key", "not tried without TLS", advice)
+    try:
+        code = _code_of_refusal(address, root_certificates, key)
+    except (ImportError, AttributeError, TypeError) as error:
+        found = f"not tried: Flower {version('flwr')} has no request for it that this knows ({error})"
+        return Finding.warning("key", found, "start the SuperNode: it exits with code 305 if the key is not registered")
+    except (httpx.HTTPError, ValueError) as error:
+        return Finding.failure("key", f"no answer: {error}", "try again; then look at the SuperLink's log")
+    if code is None:
+        return Finding.warning("key", "the SuperLink accepted a request it should refuse", "check its Flower version")
+    return _judge_key(path, code)
+
+
+def _code_of_refusal(address: str, root_certificates: Path, key: EllipticCurvePrivateKey) -> int | None:
+    """How the SuperLink refuses the signed request; None if it does not.
+
+    Flower has no public call that asks whether a key is registered: `flwr supernode list` shows no keys. This is the
+    one place that speaks as its SuperNodes do, by modules of Flower that may move in another version.
+    """
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+    from flwr.supercore.error import FlowerError
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
     public = key.public_key()
     signing = NodeAuthHttpInterceptor(key, public)
     client = FleetHttpClient.from_server_address(address, False, root_certificates.read_bytes(), [signing])
@@ -200,10 +220,8 @@ def check_key(address: str, root_certificates: Path | None, path: Path) -> Findi
             client.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0))
     except httpx.HTTPStatusError as error:
         answer = FlowerError.from_json(error.response.text)
-        return _judge_key(path, answer.code if answer else error.response.status_code)
-    except (httpx.HTTPError, ValueError) as error:
-        return Finding.failure("key", f"no answer: {error}", "try again; then look at the SuperLink's log")
-    return Finding.warning("key", "the SuperLink accepted a request it should refuse", "check its Flower version")
+        return answer.code if answer else error.response.status_code
+    return None
 
 
 def _judge_key(path: Path, code: int) -> Finding:

@@ -19,9 +19,10 @@ from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
+from ret_fl.dispatch import Dispatcher
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.roster import Roster
 from ret_fl.rundir import RunDir
@@ -61,20 +62,19 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         _refuse_other_data(checkpoint, data)
     _warn_of_duplicates(config, data)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
-    roster.greet(grid)
+    roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
     if checkpoint:
         strategy, weights = _resumed(config, data, roster, checkpoint)
     else:
         strategy, weights = fresh_strategy(config, data, roster, roster.alive(grid))
     recorder = RunRecorder(run, config, strategy, data)
     remaining = config.num_server_rounds - strategy.first_round
+    arrays = pack_state(weights)
+    del weights, checkpoint  # Flower keeps the first weights until the run ends: once is enough
     if remaining > 0:
-        result = strategy.start(
-            grid, pack_state(weights), remaining, timeout=config.round_timeout, evaluate_fn=recorder
-        )
-        weights = unpack_state(result.arrays)
+        arrays = strategy.start(grid, arrays, remaining, timeout=config.round_timeout, evaluate_fn=recorder).arrays
     recorder.close()
-    finish(run, config, data, weights, strategy.ledger)
+    finish(run, config, data, unpack_state(arrays), strategy.ledger)
     log(INFO, "finished: %s", run.summary)
 
 

@@ -22,8 +22,9 @@ from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
+from ret_fl.dispatch import Dispatcher
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import State, pack_state, unpack_state
+from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.proxy import ProxyTrainer
 from ret_fl.rounds import RoundSummary
 from ret_fl.rundir import RunDir
@@ -154,7 +155,7 @@ class Federation:
     def run(self, rounds: int | None = None) -> State:
         """Greet, train, and return the final weights."""
         config, roster = self.config, self.strategy.roster
-        roster.greet(self.grid)
+        roster.greet(Dispatcher(self.grid, roster, config.retries, config.patience))
         rounds = rounds or config.num_server_rounds
         self.result = self.strategy.start(
             self.grid, pack_state(self.start), rounds, timeout=config.round_timeout, evaluate_fn=self._note

@@ -10,12 +10,8 @@ from flwr.app import Context, Message, MessageType
 
 from clients.app import app as client_app
 from ret_fl.config import Scalar
-from ret_fl.protocol import (
-    State,
-    TrainOrder,
-    TrainReport,
-    unpack_state,
-)
+from ret_fl.packing import State, unpack_state
+from ret_fl.protocol import TrainOrder, TrainReport
 
 UNEQUAL: Mapping[str, Scalar] = {"shards": 3, "partition.sizes": "0.6,0.3,0.1"}
 

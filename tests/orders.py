@@ -11,7 +11,8 @@ from conftest import fresh_weights, make_trainer
 
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import load_splits
-from ret_fl.protocol import State, TrainOrder
+from ret_fl.packing import State
+from ret_fl.protocol import TrainOrder
 from ret_fl.proxy import TrainedProxy, train_proxy
 from ret_fl.proxystate import Moments, ProxyState
 

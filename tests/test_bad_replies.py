@@ -14,15 +14,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
-from ret_fl.protocol import (
-    ARRAYS,
-    METRICS,
-    NUM_EXAMPLES,
-    ORDER,
-    REPORT,
-    TrainOrder,
-    unpack_state,
-)
+from ret_fl.packing import unpack_state
+from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, ORDER, REPORT, TrainOrder
 from ret_fl.strategy import FederationError
 
 Tiny = Callable[..., RunConfig]

@@ -53,14 +53,17 @@ def test_three_supernodes_train_over_tls_and_nothing_is_left(tmp_path: Path) -> 
     assert [f.name for f in tmp_path.iterdir()] == ["run"]
 
 
-def test_staying_up_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
+def test_staying_up_ends_cleanly_on_sigterm_however_often(tmp_path: Path) -> None:
+    """`timeout` sends it twice: once to the process, once to its group."""
     process = deploy_local(tmp_path, "local-stay", "--shards", "1", "--stay")
     assert process.stdout is not None
     for line in process.stdout:
         if "flwr list" in line:
             break
     time.sleep(1)
-    process.terminate()
+    for _ in range(3):
+        process.terminate()
+        time.sleep(0.3)
     process.communicate(timeout=60)
     assert process.returncode == 128 + 15
     assert_nothing_is_left("local-stay")

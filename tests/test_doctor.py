@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from ret_fl.doctor import (
     client_state_bytes,
     examine_machine,
 )
-from ret_fl.superlink_checks import check_clock, examine_superlink
+from ret_fl.superlink_checks import check_clock, check_key, examine_superlink
 
 
 def config(**changes: Scalar) -> RunConfig:
@@ -260,3 +261,14 @@ def test_a_key_of_the_wrong_kind_is_a_failure_before_anything_is_sent(tmp_path: 
         assert_fails(examine_superlink(address, served.ca, tmp_path / "none")[-1], "No such file")
         make_node_key(tmp_path / "node.key")
         assert_fails(examine_superlink(address, served.ca, tmp_path / "node.key")[-1], "501")
+
+
+def test_a_flower_that_speaks_otherwise_is_a_warning_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the key uses Flower's own modules, which another version may not have."""
+    monkeypatch.setitem(sys.modules, "flwr.supernode.fleet_http_client", None)
+    make_node_key(tmp_path / "node.key")
+    finding = check_key("localhost:1", tmp_path / "node.key", tmp_path / "node.key")
+    assert finding.verdict == Verdict.WARNING
+    assert "not tried" in finding.found and "305" in finding.advice

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from conftest import Client, Federation, run_server
@@ -22,7 +23,8 @@ import ret_fl.roster
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.ledger import ShardLedger
-from ret_fl.protocol import Hello, TrainOrder, TrainReport, pack_state, unpack_state
+from ret_fl.packing import pack_state, unpack_state
+from ret_fl.protocol import Hello, TrainOrder, TrainReport
 from ret_fl.roster import FederationError, Roster
 from ret_fl.strategy import RedistributeEnsemble
 
@@ -83,8 +85,8 @@ def silence(fed: Federation, node: int, *, gone: bool) -> None:
 def nan_weights(request: Message, reply: Message) -> Message:
     report, weights = TrainReport.unpack(reply.content)
     assert weights is not None
-    name = next(iter(weights))
-    bad = {key: array.numpy() * (np.nan if key == name else 1) for key, array in weights.items()}
+    bad = unpack_state(weights)
+    next(iter(bad.values())).fill(np.nan)
     return Message(report.pack(bad), reply_to=request)
 
 
@@ -136,10 +138,87 @@ def test_a_node_far_behind_its_speed_gets_a_stand_in(
     assert not states_differ(final, undisturbed)
 
 
+def test_an_order_lost_in_the_first_round_is_missed_once_another_node_has_answered(
+    tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is known of the node's speed; without the other's it would be waited for until round-timeout."""
+    monkeypatch.setattr(ret_fl.dispatch, "LEAST_SECONDS", 0.3)
+    fed = federate(tiny())
+    silence(fed, SECOND, gone=False)
+    assert not fed.strategy.roster.turnaround
+    final = fed.run()
+    assert fed.rounds[0].resent == [{"shard": 1, "why": "the node is far behind the usual time"}]
+    assert not any(summary.failures for summary in fed.rounds)
+    assert not states_differ(final, undisturbed)
+
+
+def test_where_every_order_of_the_first_round_is_lost_measured_speed_tells(
+    tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ret_fl.dispatch, "LEAST_SECONDS", 0.3)
+    fed = federate(tiny({"shards": 1, "num-server-rounds": 1}), nodes=2)
+    fed.strategy.roster.speed = {FIRST: 1e4, SECOND: 1e4}
+    silence(fed, FIRST, gone=False)
+    fed.run()
+    assert fed.rounds[0].resent == [{"shard": 0, "why": "the node is far behind the usual time"}]
+    assert fed.rounds[0].partitions == {0: 1}
+
+
+def busy(url: str) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", url)
+    return httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500, request=request))
+
+
+def test_a_superlink_that_is_busy_costs_time_only(
+    tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower answers 500 while others keep its database locked, at whatever it is asked."""
+    monkeypatch.setattr(ret_fl.dispatch, "BUSY_SECONDS", 0.01)
+    fed = federate(tiny())
+    asked: dict[str, int] = {}
+
+    def sometimes(name: str) -> None:
+        answer = getattr(fed.grid, name)
+
+        def ask(*arguments: object) -> object:
+            asked[name] = asked.get(name, 0) + 1
+            if asked[name] % 2:
+                raise busy(name)
+            return answer(*arguments)
+
+        setattr(fed.grid, name, ask)
+
+    for name in ("push_messages", "pull_messages", "get_node_ids"):
+        sometimes(name)
+    final = fed.run()
+    assert not any(summary.failures for summary in fed.rounds)
+    assert min(asked.values()) > 2
+    assert not states_differ(final, undisturbed)
+
+
+def test_a_superlink_that_stays_broken_ends_the_run(
+    tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ret_fl.dispatch, "BUSY_SECONDS", 0.01)
+    fed = federate(tiny())
+
+    def broken(messages: Iterable[Message]) -> Iterable[str]:
+        if next(iter(messages)).metadata.message_type == MessageType.TRAIN:
+            raise busy("push_messages")
+        return push(messages)
+
+    push = fed.grid.push_messages
+    fed.grid.push_messages = broken  # type: ignore[method-assign]
+    with pytest.raises(httpx.HTTPStatusError, match="locked"):
+        fed.run()
+
+
 def test_a_node_that_was_always_slow_is_not_too_late(tiny: Tiny, federate: Federate) -> None:
     """Nodes that share a machine wait for each other: the time to an answer counts, not the speed of training."""
     roster = federate(tiny()).strategy.roster
     assert roster.usual_seconds(FIRST, 100) is None
+    roster.speed[FIRST] = 10.0
+    assert roster.usual_seconds(FIRST, 100) == pytest.approx(10)
     roster.trained(0, FIRST, 1000, 1.0)
     roster.answered(FIRST, 1000, 500.0)
     roster.answered(FIRST, 1000, 20.0)
@@ -243,6 +322,8 @@ def test_a_node_that_comes_back_is_used_again(
 ) -> None:
     monkeypatch.setattr(ret_fl.roster, "STAY_SECONDS", 0.0)
     fed = federate(tiny({"num-server-rounds": 3}))
+    # measured in rounds of milliseconds they would differ by chance
+    monkeypatch.setattr(fed.strategy.roster, "speed_of", lambda node: 100.0)
     note, away = fed._note, {}
 
     def comes_and_goes(server_round, arrays):  # type: ignore[no-untyped-def]

@@ -16,9 +16,7 @@ from PIL import Image
 
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import load_splits
-from ret_fl.protocol import (
-    pack_state,
-)
+from ret_fl.packing import pack_state
 from ret_fl.strategy import FederationError
 
 Tiny = Callable[..., RunConfig]

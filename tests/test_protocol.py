@@ -13,6 +13,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from ret_fl.config import RunConfig
+from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import (
     ARRAYS,
     METRICS,
@@ -24,9 +25,7 @@ from ret_fl.protocol import (
     ProtocolError,
     TrainOrder,
     TrainReport,
-    pack_state,
     payload_bytes,
-    unpack_state,
 )
 
 rng = np.random.default_rng(0)

@@ -21,7 +21,8 @@ from ret_fl.config import RunConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.diffusion.models import build_unet
 from ret_fl.diffusion.objective import make_scheduler
-from ret_fl.protocol import State, TrainOrder
+from ret_fl.packing import State
+from ret_fl.protocol import TrainOrder
 from ret_fl.proxy import ProxyDivergedError, TrainedProxy, learning_rate, round_seed, train_proxy, visit_plan
 from ret_fl.proxystate import ProxyFiles
 

@@ -21,11 +21,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.partition import partition
 from ret_fl.data.sources import load_splits
-from ret_fl.protocol import (
-    TrainOrder,
-    pack_state,
-    unpack_state,
-)
+from ret_fl.packing import pack_state, unpack_state
+from ret_fl.protocol import TrainOrder
 from ret_fl.proxy import train_proxy
 from ret_fl.proxystate import ProxyState
 from simulations.inline import InlineGrid

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from sklearn.datasets import load_digits, load_sample_images
 
 from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.glyphs import CLASSES, render_glyphs
@@ -34,6 +33,8 @@ def load_builtin(config: DataConfig) -> ImageSet:
 
 def _digits(config: DataConfig) -> ImageSet:
     """1,797 handwritten digits of scikit-learn, grey 8x8, 10 classes."""
+    from sklearn.datasets import load_digits  # half a second that a client process with other data need not wait
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     return _finished(images, digits.target, 10, config, side=8)
@@ -87,6 +88,8 @@ def _patches(config: DataConfig) -> ImageSet:
 
 def _photographs() -> dict[str, np.ndarray]:
     """uint8 [H, W, 3] by name."""
+    from sklearn.datasets import load_sample_images
+
     try:
         from skimage import data
     except ImportError:

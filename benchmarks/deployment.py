@@ -1,0 +1,168 @@
+"""What a phase costs on a deployed federation beyond what Flower itself costs, and the memory of the ServerApp.
+
+    python -m benchmarks.deployment                 # the U-Net for CIFAR-10, 143 MB; three SuperNodes, TLS
+    python -m benchmarks.deployment --preset base   # a smaller one
+
+SuperLink and SuperNodes are those of `ret-fl deploy local` and stay up; apps take turns on them:
+  flower   benchmarks/noop: clients send back as many bytes as ret-fl's (raw and averaged weights), and do nothing
+  + U-Net  the same, whose clients load torch and diffusers' U-Net first, since Flower starts a process for every order
+  ret-fl   with its defaults, a shard being one small batch; its clients' time of training is taken off
+A phase lasts from one sending of orders to the next; the first of a run is left out. Beside its seconds stand those of
+a CPU core that the ServerApp and one client took, which do not depend on what else the machine does. Memory is the most
+that the process of the ServerApp takes, in sizes of a reply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from ret_fl.config import Scalar
+from ret_fl.deploy.local import LocalFederation, local_federation
+from ret_fl.engines import submit
+from ret_fl.events import SENT
+from ret_fl.files import read_lines
+from ret_fl.settings import new_run
+
+ROOT = Path(__file__).parent.parent
+NODES = 3
+BAR = 1.0
+FLOWER, UNET, OURS = "flower", "+ U-Net", "ret-fl"
+
+
+class Watch:
+    """The processes of a federation while it is entered: what its ServerApp and each client took."""
+
+    def __init__(self, running: LocalFederation) -> None:
+        self.running = running
+
+    def __enter__(self) -> Watch:
+        self.memory, self.server, self.clients = 0, [(0.0, 0.0)], dict[int, float]()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.1):
+            server = 0.0
+            for process in self._children():
+                try:
+                    name, cpu = process.name(), sum(process.cpu_times()[:2])
+                    if "clientapp" in name:
+                        self.clients[process.pid] = cpu
+                    elif "serverapp" in name:
+                        server = max(server, cpu)
+                        self.memory = max(self.memory, process.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+            self.server.append((time.time(), server))
+
+    def _children(self) -> list[psutil.Process]:
+        return [c for p in self.running.processes.values() for c in psutil.Process(p.pid).children(recursive=True)]
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def server_until(self, moment: float) -> float:
+        """Seconds of a core that the ServerApp took until then."""
+        return max(cpu for when, cpu in self.server if when <= moment)
+
+
+@dataclass
+class Measured:
+    """Of one kind of app, training left out: seconds of its phases, a core's seconds of server and client, bytes."""
+
+    phases: list[float] = field(default_factory=list)
+    server: list[float] = field(default_factory=list)
+    client: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+
+    def add(self, watch: Watch, ends: Sequence[float], training: float, orders: int) -> None:
+        """A run whose phases ended at `ends` (s since 1970), the first of them left out."""
+        self.phases += [b - a - training for a, b in itertools.pairwise(ends)]
+        self.server += [watch.server_until(b) - watch.server_until(a) for a, b in itertools.pairwise(ends)]
+        self.client += [cpu - training for cpu in list(watch.clients.values())[-orders:]]
+        self.memory.append(watch.memory)
+
+
+def bare(running: LocalFederation, folder: Path, rounds: int, values: int, imports: Sequence[str]) -> list[float]:
+    """When the rounds of Flower's own app ended."""
+    out = folder / "noop.json"
+    config = f'out="{out}" values={values} rounds={rounds} imports="{" ".join(imports)}"'
+    command = ["flwr", "run", str(ROOT / "benchmarks" / "noop"), "--stream", "--run-config", config]
+    subprocess.run(command, env=dict(running.environment), check=True, capture_output=True)
+    return [float(moment) for moment in json.loads(out.read_text())[1:]]
+
+
+def ours(running: LocalFederation, out: Path, rounds: int, preset: str) -> tuple[list[float], float, int]:
+    """When orders were sent, from the second round on; seconds of training in a round; bytes of a reply."""
+    settings: dict[str, Scalar] = {
+        "data.limit": 4 * NODES, "data.image-size": 16, "batch-size": 4, "local-epochs": 1, "shards": NODES,
+        "min-nodes": NODES, "num-server-rounds": rounds, "evaluate-every": 0, "samples": 0, "model.preset": preset,
+    }  # fmt: skip
+    run, config = new_run(settings, out)
+    submit(ROOT, run, config, dict(running.environment))
+    sent: dict[int, float] = {}
+    for event in read_lines(run.events):
+        if event["event"] == SENT:
+            sent.setdefault(event["round"], event["time"])
+    rows = run.rows()
+    training = statistics.median(shard["seconds"] for row in rows[1:] for shard in row["shards"].values())
+    return [sent[round] for round in range(2, rounds + 1)], training, rows[0]["bytes_up"] // NODES
+
+
+def measure(folder: Path, preset: str, rounds: int, repeats: int) -> tuple[dict[str, Measured], int]:
+    """Each kind of app by turns, and the bytes of a reply."""
+    found = {kind: Measured() for kind in (FLOWER, UNET, OURS)}
+    size = 0
+    with local_federation(folder / "federation", NODES, folder / "flower.log", tls=True) as running:
+        for i in range(repeats):
+            for kind in (OURS, FLOWER, UNET):
+                training = 0.0
+                with Watch(running) as watch:
+                    if kind == OURS:
+                        ends, training, size = ours(running, folder / f"run-{i}", rounds, preset)
+                    else:
+                        modules = ["torch", "diffusers.models.unets.unet_2d"] if kind == UNET else []
+                        ends = bare(running, folder, rounds, size // 4, modules)
+                found[kind].add(watch, ends, training, NODES * (rounds - 1))
+                print(f"  {kind:<8} {' '.join(f'{s:.1f}' for s in found[kind].phases)} s", flush=True)
+    return found, size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="ddpm-cifar", help="model.preset (default: ddpm-cifar)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each run, three at least (default: 5)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each app, by turns (default: 2)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats)
+    print(f"{NODES} SuperNodes, {size / 1e6:.0f} MB a reply: {args.preset}, raw and averaged weights")
+    print(f"{'app':<9} {'seconds a phase':>16} {'CPU, server':>12} {'CPU, a client':>14} {'memory, in replies':>19}")
+    middle = {
+        kind: [statistics.median(x) for x in (told.phases, told.server, told.client, told.memory)]
+        for kind, told in found.items()
+    }
+    for kind, (phase, server, client, memory) in middle.items():
+        print(f"{kind:<9} {phase:>16.1f} {server:>12.1f} {client:>14.1f} {memory / size:>19.1f}")
+    beyond = [a - b for a, b in zip(middle[OURS], middle[UNET], strict=True)]
+    print(f"ret-fl beyond Flower and the U-Net: {beyond[0]:+.1f} s a phase (bar: {BAR:g} s), "
+          f"{beyond[1] + beyond[2]:+.1f} s of a core")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

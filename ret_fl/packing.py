@@ -1,0 +1,75 @@
+"""A model's weights on the wire: many tensors end to end in one array, whose key says which.
+
+Flower enters every array of a message, and every 5 MB of it, into the SuperLink's database, and locks that while it
+does and while it deletes them. A U-Net has hundreds of small tensors: one by one they keep other SuperNodes waiting
+for longer than the 5 s after which Flower answers "database is locked". Averages, medians and norms are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+State = dict[str, NDArray[np.float32]]
+"""A model's weights: 'raw.<name>' and 'ema.<name>'."""
+
+PIECE_BYTES = 2 << 20
+"""No array is larger, unless a single tensor is."""
+
+
+class PackingError(ValueError):
+    """Arrays that are not what they say."""
+
+
+def decode(record: ArrayRecord) -> dict[str, NDArray]:
+    """Every array by its key. Raises `PackingError` for one whose bytes are not the array it says it is."""
+    try:
+        return {key: value.numpy() for key, value in record.items()}
+    except (ValueError, TypeError, OSError, EOFError, SyntaxError) as error:
+        raise PackingError(f"an array cannot be decoded: {error}") from None
+
+
+def pack_state(state: State) -> ArrayRecord:
+    """A state in arrays of at most `PIECE_BYTES`, the same for the same names and shapes in whatever order."""
+    record = ArrayRecord()
+    for names in _pieces(state):
+        key = ",".join(f"{name}:{'x'.join(map(str, state[name].shape))}" for name in names)
+        record[key] = Array(np.concatenate([state[name].ravel() for name in names]))
+    return record
+
+
+def _pieces(state: Mapping[str, NDArray]) -> Iterator[list[str]]:
+    """Names that go into one array: neighbours of one type."""
+    piece: list[str] = []
+    room = PIECE_BYTES
+    for name in sorted(state):
+        value = state[name]
+        if piece and (value.nbytes > room or value.dtype != state[piece[0]].dtype):
+            yield piece
+            piece, room = [], PIECE_BYTES
+        piece.append(name)
+        room -= value.nbytes
+    if piece:
+        yield piece
+
+
+def unpack_state(record: ArrayRecord) -> State:
+    """The state in a record. Raises `PackingError` for an array that its key does not describe."""
+    return {name: value for key, flat in decode(record).items() for name, value in parts(key, flat)}
+
+
+def parts(key: str, flat: NDArray) -> list[tuple[str, NDArray]]:
+    """The tensors of one array, as views. Raises `PackingError` if they do not fill it."""
+    try:
+        told = [part.rsplit(":", 1) for part in key.split(",")]
+        shapes = [(name, tuple(map(int, filter(None, shape.split("x"))))) for name, shape in told]
+        ends = np.cumsum([int(np.prod(shape, dtype=np.int64)) for _, shape in shapes])
+        if flat.shape != (ends[-1],):
+            raise ValueError(f"it holds {flat.shape}")
+        pieces = np.split(flat, ends[:-1])
+        return [(name, piece.reshape(shape)) for (name, shape), piece in zip(shapes, pieces, strict=True)]
+    except ValueError as error:
+        raise PackingError(f"an array does not hold the weights {key[:80]}: {error}") from None

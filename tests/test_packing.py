@@ -1,0 +1,49 @@
+"""Weights on the wire: whatever their number and sizes, few arrays, and the same weights on the other side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ret_fl.packing
+from ret_fl.packing import PIECE_BYTES, PackingError, pack_state, parts, unpack_state
+
+shapes = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(4, 200), st.randoms())
+def test_weights_arrive_as_they_were_in_pieces_of_the_same_names_whatever_their_order(
+    sizes: list[tuple[int, ...]], piece_bytes: int, random: object
+) -> None:
+    rng = np.random.default_rng(0)
+    state = {f"raw.{i}.weight": rng.normal(size=size).astype(np.float32) for i, size in enumerate(sizes)}
+    names = list(state)
+    random.shuffle(names)  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ret_fl.packing, "PIECE_BYTES", piece_bytes)
+        record, shuffled = pack_state(state), pack_state({name: state[name] for name in names})
+    assert list(record) == list(shuffled)
+    found = unpack_state(record)
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert found[name].shape == value.shape
+    for key, array in record.items():
+        assert "," not in key or 4 * int(np.prod(array.shape)) <= piece_bytes
+
+
+def test_many_small_tensors_take_few_arrays() -> None:
+    state = {f"raw.{i}": np.zeros(1000, np.float32) for i in range(2000)}
+    assert len(pack_state(state)) == -(-2000 // (PIECE_BYTES // 4000))
+
+
+@pytest.mark.parametrize("key", ["raw.a:3", "raw.a:2x2,raw.b:1", "raw.a", "raw.a:x-1", "raw.a:two"])
+def test_an_array_that_its_key_does_not_describe_is_refused(key: str) -> None:
+    with pytest.raises(PackingError, match=r"raw\.a"):
+        parts(key, np.zeros(4, np.float32))
+    with pytest.raises(PackingError):
+        unpack_state(ArrayRecord({key: Array(np.zeros(4, np.float32))}))
