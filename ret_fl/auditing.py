@@ -25,7 +25,7 @@ from ret_fl.background import background_of
 from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
-from ret_fl.dataspec import builtin_splits, is_builtin, require_named
+from ret_fl.dataspec import builtin_splits, is_builtin, require_named, source_of
 from ret_fl.diffusion.sampling import image_shape
 from ret_fl.rundir import RunDir
 
@@ -289,11 +289,9 @@ def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
     path = Path(spec).expanduser()
     if path.suffix == ".npy":
         return SampleStore(read_bytes(path, drawing.image_size, drawing.channels))
-    # a folder of datasets' own files holds no image files but tells itself apart by these
-    is_dataset = path.suffix == ".parquet" or not path.is_dir() or _holds_dataset(path)
     config = DataConfig.model_validate(
         {
-            "source": "hf" if is_dataset else "image-folder",
+            "source": source_of(spec),
             "path": str(spec),
             "image_size": drawing.image_size,
             "channels": drawing.channels,
@@ -304,11 +302,6 @@ def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
     except ConfigError as error:
         raise ConfigError(as_options(error, spec)) from error
     return SampleStore(found.images, found.labels, found.num_classes)
-
-
-def _holds_dataset(folder: Path) -> bool:
-    names = ("state.json", "dataset_dict.json")
-    return any((folder / name).is_file() for name in names) or any(folder.rglob("*.parquet"))
 
 
 def _with_reference(data: AuditData, reference: SampleStore) -> AuditData:

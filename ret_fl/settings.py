@@ -14,7 +14,7 @@ from ret_fl.rundir import RunDir
 
 FIXED = ("shards", "seed", "data.", "partition.", "model.", "diffusion.", "agc.bins")
 """What a resumed run cannot change: its checkpoint was made with it."""
-MOVABLE = ("data.path", "data.cache-dir")
+MOVABLE = ("data.path", "data.held-out-path", "data.cache-dir")
 """What it can: where the same data lies now. Its fingerprint is checked."""
 
 
