@@ -156,6 +156,30 @@ def config(
 
 
 @app.command()
+def presets(app_folder: AppOption = Path()) -> None:
+    """The presets of simulations/presets: what each is, the command, the data it wants, what it costs.
+
+    Sizes are counted and computed by `python -m benchmarks.recipes`, which on a GPU measures a step, too.
+    """
+    from ret_fl.config import ConfigError
+    from ret_fl.engines import check_app
+    from ret_fl.presets import all_presets
+
+    try:
+        found = all_presets(check_app(app_folder))
+    except ConfigError as error:
+        raise stop(error) from None
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    console = wide_console()
+    for preset in found:
+        console.print(f"[bold]{preset.name}[/]  {escape(preset.title)}", highlight=False)
+        for line in (preset.command, f"data: {preset.data}", f"size: {preset.size}", ""):
+            console.print(Padding(escape(line), (0, 0, 0, 4), expand=False), highlight=False)
+
+
+@app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="A run's folder, or any unconditional diffusers pipeline folder.")],
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 64,

@@ -128,6 +128,11 @@ class RunConfig(Section):
             raise ValueError("partition.path is set but not read: set partition.scheme=file")
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
+        if self.agc.warm_passes and self.agc.mode != "agc":
+            raise ValueError(
+                f"agc.warm-passes={self.agc.warm_passes} fills the bank that only agc.mode=agc reads (got "
+                f"{self.agc.mode}): set agc.warm-passes=0"
+            )
         if self.taa.mode != "off" and self.agc.mode != "agc":
             raise ValueError(
                 f"taa.mode={self.taa.mode} measures the distance to AGC's threshold: set agc.mode=agc "

@@ -35,7 +35,7 @@ def is_builtin(data: str | Path) -> bool:
 
 
 def source_of(data: str | Path) -> str:
-    """The data.source that reads what lies at a path, or else is a hub dataset of this name: hf, cifar, image-folder."""
+    """The data.source that reads a path, or else a hub dataset of this name: hf, cifar or image-folder."""
     path = Path(data).expanduser()
     if find_layout(path) is not None:
         return "cifar"

@@ -31,7 +31,7 @@ DISK_SOURCES = ("image-folder", "hf", "cifar")
 class DataConfig(Section):
     source: Literal["digits", "mnist", "glyphs", "patches", "faces", "image-folder", "hf", "cifar"] = Field(
         "digits",
-        description="Where the images come from; 'cifar' reads CIFAR-10 and CIFAR-100 as their authors distribute them.",
+        description="Where the images come from; 'cifar' reads CIFAR-10 and CIFAR-100 as their author has them.",
     )
     path: str = Field(
         "",
@@ -124,7 +124,8 @@ class ModelConfig(Section):
         ge=0,
         le=8,
         description="Fold pixel blocks of this side into channels before the U-Net: 2 makes 16x16 cost what 8x8 "
-        "does. 1 never folds; 0 folds by 2 for images of 16 pixels with the tiny and small presets.",
+        "does. 1 never folds; 0 folds by 2 for images of 16 pixels with the tiny and small presets, and with "
+        "model.init-from as the model there does.",
     )
     class_conditional: bool = Field(False, description="Give the U-Net the class label (num_class_embeds).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the U-Net's residual blocks.")
@@ -181,8 +182,8 @@ class AgcConfig(Section):
     warm_passes: int = Field(
         0,
         ge=0,
-        description="Passes of the starting model over a shard that fill its empty bank before anything is trained: for "
-        "fine-tuning, where a bank of zeros would let the first losses of samples known well through.",
+        description="Passes of the starting model over a shard that fill its empty bank before it first trains: for "
+        "fine-tuning, where a bank of zeros would let samples through that the model knows well.",
     )
     bias_correct: bool = Field(False, description="Undo the bank's bias towards its zero start.")
     min_visits: int = Field(0, ge=0, description="Skip nothing at a timestep the bank has seen fewer times than this.")

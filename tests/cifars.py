@@ -6,7 +6,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ import numpy as np
 class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
     """Texts as Python 2's byte strings; numpy's arrays then come out as they did there, too."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_text(self, value: str | bytes) -> None:
         raw = value.encode("ascii") if isinstance(value, str) else value

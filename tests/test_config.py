@@ -114,6 +114,7 @@ def test_all_bad_values_are_named_at_once() -> None:
         ({"data.source": "cifar", "data.held-out-path": "a"}, r"data\.source=cifar reads none.*test batches"),
         ({"partition.path": "a.npy"}, r"set partition\.scheme=file"),
         ({"diffusion.beta-start": 0.5}, r"diffusion\.beta-end must not be below diffusion\.beta-start"),
+        ({"agc.warm-passes": 1, "agc.mode": "sample"}, r"set agc\.warm-passes=0"),
         ({"taa.mode": "next-visit", "agc.mode": "off"}, r"set agc\.mode=agc \(got off\)"),
     ],
 )

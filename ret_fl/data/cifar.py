@@ -122,7 +122,8 @@ def _batch(content: bytes, name: str, layout: Layout) -> tuple[np.ndarray, np.nd
     fits = isinstance(classes, list) and len(classes) == len(pixels)
     if not fits or not all(isinstance(c, int) and 0 <= c < layout.num_classes for c in classes):
         raise ConfigError(
-            f"data.path: {name}: its {layout.labels.decode()!r} must be {len(pixels)} classes below {layout.num_classes}"
+            f"data.path: {name}: its {layout.labels.decode()!r} must be {len(pixels)} classes below "
+            f"{layout.num_classes}"
         )
     return pixels, np.array(classes, np.int64)
 

@@ -99,6 +99,10 @@ def load_pipeline(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    return unet, scheduler, saved_fold(folder)
+
+
+def saved_fold(folder: Path) -> int:
+    """The fold factor of the model in a pipeline's folder."""
     note = folder / FOLD_FILE
-    fold = json.loads(note.read_text())["pixel_unshuffle"] if note.is_file() else 1
-    return unet, scheduler, fold
+    return int(json.loads(note.read_text())["pixel_unshuffle"]) if note.is_file() else 1
