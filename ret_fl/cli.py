@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit, cli_deploy, cli_doctor, cli_serve, cli_status
+from ret_fl import cli_audit, cli_data, cli_deploy, cli_doctor, cli_serve, cli_status
 from ret_fl.cli_options import (
     INTERRUPTED,
     AppOption,
@@ -268,5 +268,6 @@ app.command()(cli_audit.audit)
 app.command()(cli_audit.report)
 app.command()(cli_status.status)
 app.command()(cli_doctor.doctor)
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_deploy.app, name="deploy")
 app.command()(cli_serve.serve_samples)
