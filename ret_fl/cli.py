@@ -185,6 +185,10 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
+    label: Annotated[
+        int | None,
+        typer.Option(min=0, help="Class-conditional: this class only. [default: all in turn]", show_default=False),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="A .png for a grid, a .npy for uint8 [N, C, H, W], or a folder for one PNG an image.")
     ] = Path("samples.png"),
@@ -209,18 +213,22 @@ def sample(
         place = resolve_device(device)
     except ConfigError as error:
         raise stop(error) from None
-    with Progress() as progress:
-        task = progress.add_task("drawing", total=count)
-        images = draw_images(
-            unet,
-            scheduler,
-            count,
-            seed=seed,
-            steps=steps,
-            fold=fold,
-            device=place,
-            on_progress=lambda done: progress.update(task, completed=done),
-        )
+    try:
+        with Progress() as progress:
+            task = progress.add_task("drawing", total=count)
+            images = draw_images(
+                unet,
+                scheduler,
+                count,
+                seed=seed,
+                steps=steps,
+                fold=fold,
+                label=label,
+                device=place,
+                on_progress=lambda done: progress.update(task, completed=done),
+            )
+    except ValueError as error:
+        raise stop(f"--label: {error}") from None
     save_images(images, out)
     typer.echo(f"{count} images: {out}")
 

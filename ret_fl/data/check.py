@@ -147,7 +147,7 @@ def _imagehash() -> ModuleType:
         raise ConfigError(
             "near-duplicates need imagehash: pip install 'ret-fl[check]', or leave them out with --no-near"
         ) from None
-    return imagehash  # type: ignore[no-any-return]
+    return imagehash
 
 
 def near_duplicates(bits: NDArray[np.bool_], contents: NDArray[np.uint64], most: int) -> Groups:

@@ -119,8 +119,11 @@ def _batch(content: bytes, name: str, layout: Layout) -> tuple[np.ndarray, np.nd
     pixels, classes = table.get(b"data"), table.get(layout.labels)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
         raise ConfigError(f"data.path: {name} has no images: its 'data' must be uint8 [n, {PIXELS}]")
-    fits = isinstance(classes, list) and len(classes) == len(pixels)
-    if not fits or not all(isinstance(c, int) and 0 <= c < layout.num_classes for c in classes):
+    if (
+        not isinstance(classes, list)
+        or len(classes) != len(pixels)
+        or not all(isinstance(c, int) and 0 <= c < layout.num_classes for c in classes)
+    ):
         raise ConfigError(
             f"data.path: {name}: its {layout.labels.decode()!r} must be {len(pixels)} classes below "
             f"{layout.num_classes}"
