@@ -242,9 +242,10 @@ def open_data(
     """Real images for an audit.
 
     Args:
-        data: a run's folder (its own split), training images (a folder of image files, a .npy, a save_to_disk folder
-            or parquet files), or, if there is no such path, one of the built-in sources (digits, mnist, glyphs,
-            patches, faces; split as by default) or a hub name. Floats of a .npy are rounded to 8 bits.
+        data: a run's folder (its own split), training images (a folder of image files, a .npy, a save_to_disk folder,
+            parquet files or CIFAR's python version, whose test batch is what reference and held_out take of it), or, if
+            there is no such path, one of the built-in sources (digits, mnist, glyphs, patches, faces; split as by
+            default) or a hub name. Floats of a .npy are rounded to 8 bits.
         reference, held_out: real images never trained on, in the same forms as training images. Where no images are
             held out, what `reference` has beyond the number of distinct training images is, and a fifth of it at least.
         drawing: its image_size and channels bring files to the model's size.
@@ -263,15 +264,15 @@ def open_data(
     elif (Path(data) / "model_index.json").is_file():
         raise ConfigError(f"{data} is a model without its training images: name them by --data")
     else:
-        opened = AuditData(str(data), _store(data, drawing))
+        opened = AuditData(str(data), _store(data, drawing, trained=True))
     if held_out is not None:
-        further = _store(held_out, drawing)
+        further = _store(held_out, drawing, trained=False)
         _refuse_shared("held_out", further, "train", opened.train)
         if reference is None and opened.reference is not None:
             _refuse_shared("held_out", further, "reference", opened.reference)
         opened = replace(opened, held_out=further, one_split=False)
     if reference is not None:
-        opened = _with_reference(opened, _store(reference, drawing))
+        opened = _with_reference(opened, _store(reference, drawing, trained=False))
     return opened
 
 
@@ -285,7 +286,8 @@ def _from_splits(source: str, splits: DataSplits) -> AuditData:
     return AuditData(source, splits.train, splits.reference, held_out, splits.canaries, one_split=True)
 
 
-def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
+def _store(spec: str | Path, drawing: Drawing, *, trained: bool) -> SampleStore:
+    """The images of files; of CIFAR, which tells them apart, those that train or those that do not."""
     path = Path(spec).expanduser()
     if path.suffix == ".npy":
         return SampleStore(read_bytes(path, drawing.image_size, drawing.channels))
@@ -301,7 +303,8 @@ def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
         found = load_images(config)
     except ConfigError as error:
         raise ConfigError(as_options(error, spec)) from error
-    return SampleStore(found.images, found.labels, found.num_classes)
+    store = SampleStore(found.images, found.labels, found.num_classes)
+    return store if found.outside is None else store.subset(np.flatnonzero(found.outside != trained))
 
 
 def _with_reference(data: AuditData, reference: SampleStore) -> AuditData:

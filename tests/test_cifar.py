@@ -13,6 +13,7 @@ import pytest
 from cifars import archive, pixels, python2_pickle, write_cifar10, write_cifar100
 from pictures import assert_disjoint, load, raw
 
+from ret_fl.auditing import open_data
 from ret_fl.config import ConfigError
 from ret_fl.data.cifar import read_pickle
 from ret_fl.data.sources import DataSplits
@@ -59,6 +60,18 @@ def test_size_and_colour_are_as_set(tmp_path: Path) -> None:
 def test_folder_and_archive_are_the_same_data(tmp_path: Path) -> None:
     folder = write_cifar10(tmp_path)
     assert from_cifar(folder).train.fingerprint == from_cifar(archive(folder)).train.fingerprint
+
+
+def test_an_audit_takes_its_training_batches_as_data_and_its_test_batch_as_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_cifar10(tmp_path)
+    splits = from_cifar(folder)
+    data = open_data(folder, held_out=archive(folder))
+    assert data.held_out is not None and (len(data.train), len(data.held_out)) == (40, 10)
+    assert set(data.train.content_hashes) == set(splits.train.content_hashes)
+    assert set(data.held_out.content_hashes) == set(splits.held_out.content_hashes)
 
 
 # --- hostile and damaged files ----------------------------------------------------------------------------------------

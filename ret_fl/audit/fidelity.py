@@ -101,8 +101,7 @@ def _published(
 ) -> dict[str, float]:
     """What papers report of Inception-v3: FID against the training images, and IS; nothing of other models."""
     classify = getattr(model, "class_probabilities", None)
-    probabilities = classify(generated) if classify and len(generated) >= SPLITS else None
-    if probabilities is None:
+    if classify is None or len(generated) < SPLITS or (probabilities := classify(generated)) is None:
         return {}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # few samples: said once
         frechet = frechet_distance(_features(model, train, torch.arange(len(train)), memory_mb), features)
