@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from ret_fl.config import ConfigError, DataConfig
-from ret_fl.data.cifar import find_layout
+from ret_fl.data.cifar import find_layouts
 from ret_fl.data.folder import IMAGE_SUFFIXES
 from ret_fl.data.sources import DataSplits, load_splits
 from ret_fl.sections import DISK_SOURCES
@@ -37,7 +37,7 @@ def is_builtin(data: str | Path) -> bool:
 def source_of(data: str | Path) -> str:
     """The data.source that reads a path, or else a hub dataset of this name: hf, cifar or image-folder."""
     path = Path(data).expanduser()
-    if find_layout(path) is not None:
+    if find_layouts(path):
         return "cifar"
     # a folder of datasets' own files holds no image files but tells itself apart by these
     is_dataset = path.suffix == ".parquet" or not path.is_dir() or _holds_dataset(path)
@@ -69,7 +69,7 @@ def _require_images(option: str, spec: str | Path, forms: str) -> None:
     tells_itself = any((path / name).is_file() for name in ("config.json", "model_index.json"))  # a run, a pipeline
     if option == "--data" and (is_builtin(spec) or tells_itself):
         return
-    if find_layout(path) is not None:
+    if find_layouts(path):
         return
     if path.is_dir():
         if not any(_is_image_or_dataset(file) for file in path.rglob("*")):

@@ -143,8 +143,12 @@ def test_damaged_and_missing_batches_are_named(tmp_path: Path) -> None:
     (folder / "data_batch_2").unlink()
     with pytest.raises(ConfigError, match=r"data_batch_2 is missing"):
         from_cifar(folder)
-    with pytest.raises(ConfigError, match=r"no readable cifar-10-batches-py/data_batch_2"):
+    with pytest.raises(ConfigError, match=r"has no cifar-10-batches-py/data_batch_2: download it again"):
         from_cifar(archive(folder))
+    cut = archive(folder)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"cifar-10-batches-py\.tar\.gz is damaged .*: download it again"):
+        from_cifar(cut)
 
 
 def test_other_folders_and_files_are_refused_with_what_is_wanted(tmp_path: Path) -> None:
@@ -153,5 +157,9 @@ def test_other_folders_and_files_are_refused_with_what_is_wanted(tmp_path: Path)
     for path in (tmp_path / "photos", tmp_path / "cifar.tar.gz", tmp_path / "nowhere"):
         with pytest.raises(ConfigError, match=r"is not CIFAR's python version: name cifar-10-python\.tar\.gz"):
             from_cifar(path)
+    write_cifar10(tmp_path / "both")
+    write_cifar100(tmp_path / "both")
+    with pytest.raises(ConfigError, match=r"both holds both: name cifar-10-python\.tar\.gz or"):
+        from_cifar(tmp_path / "both")
     with pytest.raises(ConfigError, match=r"data\.source=cifar needs data\.path"):
         load(source="cifar")

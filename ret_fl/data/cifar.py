@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ class Layout:
     labels: bytes
     num_classes: int
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All batches, the one that does not train last."""
+        return (*self.training, self.test)
+
 
 LAYOUTS = (
     Layout("cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", b"labels", 10),
@@ -54,36 +60,48 @@ def load_cifar(config: DataConfig) -> ImageSet:
     if not config.path:
         raise ConfigError("data.source=cifar needs data.path: cifar-10-python.tar.gz, or the folder in it")
     path = Path(config.path).expanduser()
-    layout = find_layout(path)
-    if layout is None:
+    found = find_layouts(path)
+    if len(found) != 1:
+        what = "holds both" if found else "is not CIFAR's python version"
         raise ConfigError(
-            f"data.path: {path} is not CIFAR's python version: name cifar-10-python.tar.gz or cifar-100-python.tar.gz, "
-            f"or the folder in it ({' or '.join(known.folder for known in LAYOUTS)})"
+            f"data.path: {path} {what}: name cifar-10-python.tar.gz or cifar-100-python.tar.gz, or the folder in it "
+            f"({' or '.join(known.folder for known in LAYOUTS)})"
         )
-    files = [path] if path.is_file() else [_folder(path, layout) / name for name in (*layout.training, layout.test)]
+    (layout,) = found
+    if path.is_file():
+        files, root = [path], path.parent
+    else:
+        root = _folder(path, layout)
+        files = [root / name for name in layout.files]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ConfigError(f"data.path: {', '.join(missing)} is missing: unpack the archive again")
-    root = path.parent if path.is_file() else _folder(path, layout)
     return decode_cached(["cifar", layout.folder, describe_files(files, root)], lambda: _encoded(path, layout), config)
 
 
-def find_layout(path: Path) -> Layout | None:
-    """Which of the two lies at a path; None if neither does."""
+def find_layouts(path: Path) -> list[Layout]:
+    """Which of the two lie at a path: none, one, or both below a folder."""
     if path.is_dir():
-        return next((known for known in LAYOUTS if (_folder(path, known) / known.test).is_file()), None)
+        return [known for known in LAYOUTS if _is_folder(_folder(path, known), known)]
     if not path.is_file() or not tarfile.is_tarfile(path):
-        return None
+        return []
+    by_folder = {known.folder: known for known in LAYOUTS}
     with tarfile.open(path) as archive:
-        tops = {Path(member.name).parts[0] for member in archive if Path(member.name).parts}
-    return next((known for known in LAYOUTS if known.folder in tops), None)
+        # the first member tells; to look at all would decompress all
+        tops = (Path(member.name).parts[:1] for member in archive)
+        return next(([by_folder[top[0]]] for top in tops if top and top[0] in by_folder), [])
 
 
 def _folder(path: Path, layout: Layout) -> Path:
     return path / layout.folder if (path / layout.folder).is_dir() else path
 
 
+def _is_folder(folder: Path, layout: Layout) -> bool:
+    return folder.name == layout.folder or all((folder / name).is_file() for name in layout.files)
+
+
 def _encoded(path: Path, layout: Layout) -> Encoded:
-    batches = [(name, *_batch(_read(path, layout, name), name, layout)) for name in (*layout.training, layout.test)]
+    contents = _read(path, layout)
+    batches = [(name, *_batch(contents[name], name, layout)) for name in layout.files]
     images = np.concatenate([pixels for _, pixels, _ in batches])
     labels = np.concatenate([classes for _, _, classes in batches])
     names = [f"{name}[{row}]" for name, pixels, _ in batches for row in range(len(pixels))]
@@ -95,20 +113,22 @@ def _encoded(path: Path, layout: Layout) -> Encoded:
     return Encoded(len(images), opened, names.__getitem__, labels, layout.num_classes, outside)
 
 
-def _read(path: Path, layout: Layout, name: str) -> bytes:
-    """A batch's file, from the folder or, without unpacking it, from the archive."""
+def _read(path: Path, layout: Layout) -> dict[str, bytes]:
+    """Every batch's file, from the folder or, in one pass and without unpacking it, from the archive."""
     if path.is_dir():
-        return (_folder(path, layout) / name).read_bytes()
+        return {name: (_folder(path, layout) / name).read_bytes() for name in layout.files}
+    members = {f"{layout.folder}/{name}": name for name in layout.files}
+    found: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as archive:
-            member = archive.extractfile(f"{layout.folder}/{name}")
-            if member is None:
-                raise KeyError(name)
-            return member.read()
-    except (KeyError, EOFError, tarfile.TarError, OSError) as error:
-        raise ConfigError(
-            f"data.path: {path} has no readable {layout.folder}/{name} ({error}): download it again"
-        ) from error
+            for member in archive:
+                if member.name in members and (file := archive.extractfile(member)):
+                    found[members[member.name]] = file.read()
+    except (EOFError, tarfile.TarError, zlib.error, OSError) as error:
+        raise ConfigError(f"data.path: {path} is damaged ({error}): download it again") from error
+    if missing := [name for name in layout.files if name not in found]:
+        raise ConfigError(f"data.path: {path} has no {layout.folder}/{missing[0]}: download it again")
+    return found
 
 
 def _batch(content: bytes, name: str, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
