@@ -25,15 +25,7 @@ def data() -> None:
 
 @app.command()
 def check(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="[DATA]",
-            help="A folder of images, parquet files, a save_to_disk folder, CIFAR's .tar.gz or folder, a hub dataset "
-            "as owner/name, or a built-in source. [default: what --preset and --set say]",
-            show_default=False,
-        ),
-    ] = "",
+    what: Annotated[str, typer.Argument(metavar="DATA", show_default=False)] = "",
     preset: PresetOption = None,
     changes: SetOption = None,
     near: Annotated[
@@ -46,8 +38,11 @@ def check(
 ) -> None:
     """Read a dataset as a run would, and say what is in it and what is wrong with it.
 
+    DATA is a folder of images, parquet files, a save_to_disk folder, CIFAR's .tar.gz or folder, a hub dataset as
+    owner/name, or a built-in source; without it, what --preset and --set say.
+
     Counts by split and class, sizes and modes, unreadable images, exact and near-duplicates, and the fingerprint by
-    which server and clients agree that they have the same data. 60,000 images of 32x32 take a minute at most.
+    which server and clients agree that they have the same data. 60,000 images of 32x32 take about a minute.
 
     Exit code: 0 nothing to report, 1 it cannot be used, 3 it can, but has unreadable images or duplicates.
 
