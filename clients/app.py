@@ -32,6 +32,7 @@ app = ClientApp()
 
 NODE_SETTINGS = {
     "data-path": "data.path",
+    "held-out-path": "data.held-out-path",
     "cache-dir": "data.cache-dir",
     "sample-service": "service.address",
     "sample-ca": "service.ca",

@@ -144,11 +144,32 @@ def _size(rows: list[dict[str, Any]], key: str) -> str:
 
 def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
     more = ["More images, from this folder: `ret-fl sample . --count 64 --out more.png`.", ""]
-    if config.model.class_conditional:
-        return [*more, "It draws all classes in turn; diffusers' own `DDPMPipeline` cannot pass class labels.", ""]
     folded = fold_factor(config.model, data.train.image_shape)
     steps = min(100, config.diffusion.timesteps)
     unfold = [f"images = torch.nn.functional.pixel_shuffle(images, {folded})  # the U-Net works on folded pixels"]
+    if config.model.class_conditional:
+        return [
+            *more[:-1],
+            "It draws all classes in turn, or that of `--label`. Without ret-fl, from this folder (diffusers'",
+            "`DDPMPipeline` opens it, but cannot pass class labels):",
+            "",
+            "```python",
+            "import torch",
+            "from diffusers import DDPMPipeline",
+            "",
+            'pipeline = DDPMPipeline.from_pretrained("final")',
+            "unet, scheduler = pipeline.unet.eval(), pipeline.scheduler",
+            "labels = torch.arange(16) % unet.config.num_class_embeds",
+            "images = torch.randn(16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)",
+            f"scheduler.set_timesteps({steps})",
+            "with torch.no_grad():",
+            "    for t in scheduler.timesteps:",
+            "        images = scheduler.step(unet(images, t, class_labels=labels).sample, t, images).prev_sample",
+            *(unfold if folded > 1 else []),
+            "images = (images / 2 + 0.5).clamp(0, 1)  # [16, C, H, W]",
+            "```",
+            "",
+        ]
     return [
         *more,
         "Without ret-fl, from this folder:",

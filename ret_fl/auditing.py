@@ -25,7 +25,7 @@ from ret_fl.background import background_of
 from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
-from ret_fl.dataspec import builtin_splits, is_builtin, require_named
+from ret_fl.dataspec import builtin_splits, is_builtin, require_named, source_of
 from ret_fl.diffusion.sampling import image_shape
 from ret_fl.rundir import RunDir
 
@@ -242,9 +242,10 @@ def open_data(
     """Real images for an audit.
 
     Args:
-        data: a run's folder (its own split), training images (a folder of image files, a .npy, a save_to_disk folder
-            or parquet files), or, if there is no such path, one of the built-in sources (digits, mnist, glyphs,
-            patches, faces; split as by default) or a hub name. Floats of a .npy are rounded to 8 bits.
+        data: a run's folder (its own split), training images (a folder of image files, a .npy, a save_to_disk folder,
+            parquet files or CIFAR's python version, whose test batch is what reference and held_out take of it), or, if
+            there is no such path, one of the built-in sources (digits, mnist, glyphs, patches, faces; split as by
+            default) or a hub name. Floats of a .npy are rounded to 8 bits.
         reference, held_out: real images never trained on, in the same forms as training images. Where no images are
             held out, what `reference` has beyond the number of distinct training images is, and a fifth of it at least.
         drawing: its image_size and channels bring files to the model's size.
@@ -263,15 +264,15 @@ def open_data(
     elif (Path(data) / "model_index.json").is_file():
         raise ConfigError(f"{data} is a model without its training images: name them by --data")
     else:
-        opened = AuditData(str(data), _store(data, drawing))
+        opened = AuditData(str(data), _store(data, drawing, trained=True))
     if held_out is not None:
-        further = _store(held_out, drawing)
+        further = _store(held_out, drawing, trained=False)
         _refuse_shared("held_out", further, "train", opened.train)
         if reference is None and opened.reference is not None:
             _refuse_shared("held_out", further, "reference", opened.reference)
         opened = replace(opened, held_out=further, one_split=False)
     if reference is not None:
-        opened = _with_reference(opened, _store(reference, drawing))
+        opened = _with_reference(opened, _store(reference, drawing, trained=False))
     return opened
 
 
@@ -285,15 +286,14 @@ def _from_splits(source: str, splits: DataSplits) -> AuditData:
     return AuditData(source, splits.train, splits.reference, held_out, splits.canaries, one_split=True)
 
 
-def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
+def _store(spec: str | Path, drawing: Drawing, *, trained: bool) -> SampleStore:
+    """The images of files; of CIFAR, which tells them apart, those that train or those that do not."""
     path = Path(spec).expanduser()
     if path.suffix == ".npy":
         return SampleStore(read_bytes(path, drawing.image_size, drawing.channels))
-    # a folder of datasets' own files holds no image files but tells itself apart by these
-    is_dataset = path.suffix == ".parquet" or not path.is_dir() or _holds_dataset(path)
     config = DataConfig.model_validate(
         {
-            "source": "hf" if is_dataset else "image-folder",
+            "source": source_of(spec),
             "path": str(spec),
             "image_size": drawing.image_size,
             "channels": drawing.channels,
@@ -303,12 +303,8 @@ def _store(spec: str | Path, drawing: Drawing) -> SampleStore:
         found = load_images(config)
     except ConfigError as error:
         raise ConfigError(as_options(error, spec)) from error
-    return SampleStore(found.images, found.labels, found.num_classes)
-
-
-def _holds_dataset(folder: Path) -> bool:
-    names = ("state.json", "dataset_dict.json")
-    return any((folder / name).is_file() for name in names) or any(folder.rglob("*.parquet"))
+    store = SampleStore(found.images, found.labels, found.num_classes)
+    return store if found.outside is None else store.subset(np.flatnonzero(found.outside != trained))
 
 
 def _with_reference(data: AuditData, reference: SampleStore) -> AuditData:

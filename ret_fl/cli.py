@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit, cli_deploy, cli_doctor, cli_serve, cli_status
+from ret_fl import cli_audit, cli_data, cli_deploy, cli_doctor, cli_serve, cli_status
 from ret_fl.cli_options import (
     INTERRUPTED,
     AppOption,
@@ -156,11 +156,39 @@ def config(
 
 
 @app.command()
+def presets(app_folder: AppOption = Path()) -> None:
+    """The presets of simulations/presets: what each is, the command, the data it wants, what it costs.
+
+    Sizes are counted and computed by `python -m benchmarks.recipes`, which on a GPU measures a step, too.
+    """
+    from ret_fl.config import ConfigError
+    from ret_fl.engines import check_app
+    from ret_fl.presets import all_presets
+
+    try:
+        found = all_presets(check_app(app_folder))
+    except ConfigError as error:
+        raise stop(error) from None
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    console = wide_console()
+    for preset in found:
+        console.print(f"[bold]{preset.name}[/]  {escape(preset.title)}", highlight=False)
+        for line in (preset.command, f"data: {preset.data}", f"size: {preset.size}", ""):
+            console.print(Padding(escape(line), (0, 0, 0, 4), expand=False), highlight=False)
+
+
+@app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="A run's folder, or any unconditional diffusers pipeline folder.")],
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
+    label: Annotated[
+        int | None,
+        typer.Option(min=0, help="Class-conditional: this class only. [default: all in turn]", show_default=False),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="A .png for a grid, a .npy for uint8 [N, C, H, W], or a folder for one PNG an image.")
     ] = Path("samples.png"),
@@ -185,18 +213,22 @@ def sample(
         place = resolve_device(device)
     except ConfigError as error:
         raise stop(error) from None
-    with Progress() as progress:
-        task = progress.add_task("drawing", total=count)
-        images = draw_images(
-            unet,
-            scheduler,
-            count,
-            seed=seed,
-            steps=steps,
-            fold=fold,
-            device=place,
-            on_progress=lambda done: progress.update(task, completed=done),
-        )
+    try:
+        with Progress() as progress:
+            task = progress.add_task("drawing", total=count)
+            images = draw_images(
+                unet,
+                scheduler,
+                count,
+                seed=seed,
+                steps=steps,
+                fold=fold,
+                label=label,
+                device=place,
+                on_progress=lambda done: progress.update(task, completed=done),
+            )
+    except ValueError as error:
+        raise stop(f"--label: {error}") from None
     save_images(images, out)
     typer.echo(f"{count} images: {out}")
 
@@ -244,5 +276,6 @@ app.command()(cli_audit.audit)
 app.command()(cli_audit.report)
 app.command()(cli_status.status)
 app.command()(cli_doctor.doctor)
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_deploy.app, name="deploy")
 app.command()(cli_serve.serve_samples)

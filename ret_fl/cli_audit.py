@@ -32,10 +32,10 @@ def audit(
     data: Annotated[
         str,
         typer.Option(
-            help="Training images: a run's folder (its own split), a folder of images, a .npy or parquet files; where "
-            "no such path exists, digits, mnist, glyphs, patches or faces (split as a run does by default: a fifth "
-            "held out, half of the rest for reference), or a hub dataset as owner/name. [default: those of the "
-            "first MODEL that is a run]",
+            help="Training images: a run's folder (its own split), a folder of images, a .npy, parquet files or "
+            "CIFAR's .tar.gz; where no such path exists, digits, mnist, glyphs, patches or faces (split as a run does "
+            "by default: a fifth held out, half of the rest for reference), or a hub dataset as owner/name. [default: "
+            "those of the first MODEL that is a run]",
             show_default=False,
         ),
     ] = "",

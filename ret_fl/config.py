@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ret_fl.sections import (
+    DISK_SOURCES,
     AgcConfig,
     DataConfig,
     DiffusionConfig,
@@ -109,9 +110,15 @@ class RunConfig(Section):
     def _fits_together(self) -> RunConfig:
         if self.agc.bins > self.diffusion.timesteps:
             raise ValueError(f"agc.bins ({self.agc.bins}) must not exceed diffusion.timesteps")
-        if self.data.path and self.data.source not in ("image-folder", "hf"):
+        if self.data.path and self.data.source not in DISK_SOURCES:
             raise ValueError(
-                f"data.path is set but data.source={self.data.source} reads none: set data.source=image-folder or hf"
+                f"data.path is set but data.source={self.data.source} reads none: set data.source=image-folder, hf or "
+                "cifar"
+            )
+        if self.data.held_out_path and self.data.source not in ("image-folder", "hf"):
+            raise ValueError(
+                f"data.held-out-path is set but data.source={self.data.source} reads none: set data.source="
+                "image-folder or hf (cifar holds its test batches out)"
             )
         if bool(self.service.certificate) != bool(self.service.key):
             raise ValueError("service.certificate and service.key belong together: set both or none")
@@ -121,6 +128,11 @@ class RunConfig(Section):
             raise ValueError("partition.path is set but not read: set partition.scheme=file")
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
+        if self.agc.warm_passes and self.agc.mode != "agc":
+            raise ValueError(
+                f"agc.warm-passes={self.agc.warm_passes} fills the bank that only agc.mode=agc reads (got "
+                f"{self.agc.mode}): set agc.warm-passes=0"
+            )
         if self.taa.mode != "off" and self.agc.mode != "agc":
             raise ValueError(
                 f"taa.mode={self.taa.mode} measures the distance to AGC's threshold: set agc.mode=agc "

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import get_args
 
 from ret_fl.config import ConfigError, DataConfig
+from ret_fl.data.cifar import find_layouts
 from ret_fl.data.folder import IMAGE_SUFFIXES
 from ret_fl.data.sources import DataSplits, load_splits
+from ret_fl.sections import DISK_SOURCES
 
-BUILTIN = tuple(s for s in get_args(DataConfig.model_fields["source"].annotation) if s not in ("image-folder", "hf"))
-FORMS = "a folder of images, a .npy or parquet file, a save_to_disk folder or a hub dataset as owner/name"
+BUILTIN = tuple(s for s in get_args(DataConfig.model_fields["source"].annotation) if s not in DISK_SOURCES)
+FORMS = (
+    "a folder of images, a .npy or parquet file, a save_to_disk folder, CIFAR's python version (.tar.gz or its folder) "
+    "or a hub dataset as owner/name"
+)
 
 
 def require_named(data: str | Path, reference: str | Path | None, held_out: str | Path | None) -> None:
@@ -27,6 +32,21 @@ def require_named(data: str | Path, reference: str | Path | None, held_out: str 
 def is_builtin(data: str | Path) -> bool:
     """Whether `data` is a built-in source: nothing lies at a path of this name."""
     return str(data) in BUILTIN and not Path(data).exists()
+
+
+def source_of(data: str | Path) -> str:
+    """The data.source that reads a path, or else a hub dataset of this name: hf, cifar or image-folder."""
+    path = Path(data).expanduser()
+    if find_layouts(path):
+        return "cifar"
+    # a folder of datasets' own files holds no image files but tells itself apart by these
+    is_dataset = path.suffix == ".parquet" or not path.is_dir() or _holds_dataset(path)
+    return "hf" if is_dataset else "image-folder"
+
+
+def _holds_dataset(folder: Path) -> bool:
+    names = ("state.json", "dataset_dict.json")
+    return any((folder / name).is_file() for name in names) or any(folder.rglob("*.parquet"))
 
 
 def builtin_splits(source: str) -> DataSplits:
@@ -48,6 +68,8 @@ def _require_images(option: str, spec: str | Path, forms: str) -> None:
     path, text = Path(spec).expanduser(), str(spec)
     tells_itself = any((path / name).is_file() for name in ("config.json", "model_index.json"))  # a run, a pipeline
     if option == "--data" and (is_builtin(spec) or tells_itself):
+        return
+    if find_layouts(path):
         return
     if path.is_dir():
         if not any(_is_image_or_dataset(file) for file in path.rglob("*")):

@@ -194,6 +194,8 @@ class Round:
     def _losses(self, position: Tensor, strength: Tensor | None) -> tuple[Tensor, Tensor]:
         """Per-sample losses at fresh noise, of the images augmented where a strength is given: loss [B], t [B]."""
         x, labels = self.store.fetch(self.ids[position], self.trainer.device)
+        if self.config.data.flip:
+            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
         if strength is not None:
             x = self.augment(x, strength)
         objective = self.trainer.objective
@@ -201,6 +203,18 @@ class Round:
         t, noise = objective.draw(x)
         labels = labels if self.config.model.class_conditional else None
         return objective.losses(self.trainer.forward, x, t, noise, labels), t
+
+    @torch.no_grad()
+    def warm_bank(self, rng: np.random.Generator) -> None:
+        """Fill an empty bank with the losses of the model that training starts from: `agc.warm-passes` over the shard.
+
+        Our choice: the authors fine-tune with a bank of zeros, which skips nothing before it is filled.
+        """
+        count = len(self.order.ids)
+        for _ in range(self.config.agc.warm_passes):
+            for position in np.array_split(rng.permutation(count), -(-count // self.config.batch_size)):
+                loss, t = self._losses(torch.from_numpy(position), None)
+                self.bank.update(t, loss)
 
     def batch(self, position: Tensor) -> None:
         """Train on one batch: int64 [B] positions in the shard, on the CPU."""
@@ -283,6 +297,8 @@ def train_proxy(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         round_ = Round(trainer, order, store, kind)
+        if not order.bank_visits.any():
+            round_.warm_bank(rng)
         # near-equal batches: a last batch of a single image would be a full step on its noise
         for position in np.array_split(plan, steps):
             # two-pass modes train some draws twice: they stop at the same number of images

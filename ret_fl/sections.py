@@ -24,14 +24,25 @@ class Section(BaseModel):
     )
 
 
+DISK_SOURCES = ("image-folder", "hf", "cifar")
+"""Sources that read data.path; the others ship with packages."""
+
+
 class DataConfig(Section):
-    source: Literal["digits", "mnist", "glyphs", "patches", "faces", "image-folder", "hf"] = Field(
-        "digits", description="Where the images come from."
+    source: Literal["digits", "mnist", "glyphs", "patches", "faces", "image-folder", "hf", "cifar"] = Field(
+        "digits",
+        description="Where the images come from; 'cifar' reads CIFAR-10 and CIFAR-100 as their author has them.",
     )
     path: str = Field(
         "",
-        description="Folder of images (image-folder); hub name, save_to_disk folder or parquet files (hf); or a URL "
-        "that fsspec knows of such a folder or files (s3://bucket/photos), copied to the cache once.",
+        description="Folder of images (image-folder); hub name, save_to_disk folder or parquet files (hf); the "
+        "python version's .tar.gz or its folder (cifar); or a URL that fsspec knows of such a folder or files "
+        "(s3://bucket/photos), copied to the cache once.",
+    )
+    held_out_path: str = Field(
+        "",
+        description="image-folder, hf: images that never train, in the form of data.path. Held-out and reference "
+        "images are then taken from these alone, and all of data.path may train; empty: from those of data.path.",
     )
     limit: int = Field(0, ge=0, description="At most this many distinct training images; 0 takes all there are.")
     image_size: int = Field(0, ge=0, description="Side in pixels images are resized and centre-cropped to; 0 keeps.")
@@ -55,7 +66,11 @@ class DataConfig(Section):
         description="Exact duplicates: 'weight' visits each 1/copies as often, whatever shards they are in; 'keep' "
         "trains on all.",
     )
+    flip: bool = Field(
+        False, description="Mirror every drawn training image left to right with probability 1/2 (the paper's CIFAR)."
+    )
     split: str = Field("train", description="Which split of an hf dataset to read.")
+    held_out_split: str = Field("test", description="Which split data.held-out-path is read from.")
     image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
     label_column: str = Field("label", description="Column of an hf dataset that holds the class, if it is there.")
     cache_dir: str = Field("", description="Where decoded image sets are kept; empty: ret-fl in the user's cache.")
@@ -109,7 +124,8 @@ class ModelConfig(Section):
         ge=0,
         le=8,
         description="Fold pixel blocks of this side into channels before the U-Net: 2 makes 16x16 cost what 8x8 "
-        "does. 1 never folds; 0 folds by 2 for images of 16 pixels with the tiny and small presets.",
+        "does. 1 never folds; 0 folds by 2 for images of 16 pixels with the tiny and small presets, and with "
+        "model.init-from as the model there does.",
     )
     class_conditional: bool = Field(False, description="Give the U-Net the class label (num_class_embeds).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout inside the U-Net's residual blocks.")
@@ -165,6 +181,12 @@ class AgcConfig(Section):
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
     bins: int = Field(0, ge=0, description="Pool the timesteps of the bank in this many bins; 0: one a timestep.")
+    warm_passes: int = Field(
+        0,
+        ge=0,
+        description="Passes of the starting model over a shard that fill its empty bank before it first trains: for "
+        "fine-tuning, where a bank of zeros would let samples through that the model knows well.",
+    )
     bias_correct: bool = Field(False, description="Undo the bank's bias towards its zero start.")
     min_visits: int = Field(0, ge=0, description="Skip nothing at a timestep the bank has seen fewer times than this.")
     max_rescale: float = Field(

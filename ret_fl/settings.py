@@ -14,7 +14,7 @@ from ret_fl.rundir import RunDir
 
 FIXED = ("shards", "seed", "data.", "partition.", "model.", "diffusion.", "agc.bins")
 """What a resumed run cannot change: its checkpoint was made with it."""
-MOVABLE = ("data.path", "data.cache-dir")
+MOVABLE = ("data.path", "data.held-out-path", "data.cache-dir")
 """What it can: where the same data lies now. Its fingerprint is checked."""
 
 
@@ -34,15 +34,29 @@ def parse_change(text: str) -> tuple[str, Scalar]:
     return key.strip(), parsed
 
 
+EXTENDS = "extends"
+
+
 def read_preset(path: Path) -> dict[str, Scalar]:
-    """Settings of a TOML file, dotted (`agc.mode = "off"`) or in sections (`[agc]`)."""
+    """Settings of a TOML file, dotted (`agc.mode = "off"`) or in sections (`[agc]`).
+
+    `extends = "other.toml"` starts from the settings of that file, beside this one.
+    """
+    return _read_preset(path, ())
+
+
+def _read_preset(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Scalar]:
+    if path.resolve() in extended_by:
+        raise ConfigError(f"--preset {path}: it extends itself")
     try:
         with path.open("rb") as file:
-            return flatten(tomllib.load(file))
+            own = flatten(tomllib.load(file))
     except OSError as error:
         raise ConfigError(f"--preset: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--preset {path}: {error}") from None
+    base = own.pop(EXTENDS, None)
+    return own if base is None else _read_preset(path.parent / str(base), (*extended_by, path.resolve())) | own
 
 
 def from_options(preset: Path | None, changes: Sequence[str] | None) -> dict[str, Scalar]:

@@ -49,7 +49,12 @@ def save_script(module: nn.Module, path: Path) -> Path:
 class FakeInception(nn.Module):
     """Called as the real file is; fed the real file's input, its features are pixel values of 4x4 patches."""
 
-    def forward(self, img: Tensor, return_features: bool = False) -> Tensor:
+    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
         assert img.dtype == torch.uint8
         patches = nn.functional.adaptive_avg_pool2d(img.to(torch.float32), [4, 4]).flatten(1)
-        return patches if return_features else patches.softmax(1)
+        if return_features:
+            return patches
+        logits = patches / 50
+        if not no_output_bias:
+            logits = logits + torch.arange(patches.shape[1])
+        return logits.softmax(1)

@@ -54,6 +54,8 @@ def run_dir(finished: tuple[Path, Result]) -> Path:
         ["--help"],
         ["run", "--help"],
         ["sample", "--help"],
+        ["presets", "--help"],
+        ["data", "check", "--help"],
         ["config"],
         ["doctor", "--help"],
         ["deploy", "local", "--help"],

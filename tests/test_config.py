@@ -110,9 +110,11 @@ def test_all_bad_values_are_named_at_once() -> None:
     ("flat", "message"),
     [
         ({"agc.bins": 2000}, r"agc\.bins \(2000\) must not exceed diffusion\.timesteps"),
-        ({"data.path": "photos"}, r"data\.source=digits reads none: set data\.source=image-folder or hf"),
+        ({"data.path": "photos"}, r"data\.source=digits reads none: set data\.source=image-folder, hf or cifar"),
+        ({"data.source": "cifar", "data.held-out-path": "a"}, r"data\.source=cifar reads none.*test batches"),
         ({"partition.path": "a.npy"}, r"set partition\.scheme=file"),
         ({"diffusion.beta-start": 0.5}, r"diffusion\.beta-end must not be below diffusion\.beta-start"),
+        ({"agc.warm-passes": 1, "agc.mode": "sample"}, r"set agc\.warm-passes=0"),
         ({"taa.mode": "next-visit", "agc.mode": "off"}, r"set agc\.mode=agc \(got off\)"),
     ],
 )

@@ -252,6 +252,8 @@ def test_inception_is_fed_8_bit_images_and_asked_for_features(nowhere: Path, mon
     expected = nn.functional.adaptive_avg_pool2d(images.float().expand(-1, 3, -1, -1), 4).flatten(1)
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(model.features((images - 0.3).clamp(min=0) / 255), expected)
+    patches = expected / 50  # the softmax of the score is without the output's bias
+    torch.testing.assert_close(model.class_probabilities(images), patches.softmax(1))
     # By its path as well, never as a TorchScript file in general.
     monkeypatch.delenv("RET_FL_INCEPTION")
     torch.testing.assert_close(load_features(str(path)).features(images), expected)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ret_fl.audit.classifier import train_classifier
 from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.fidelity import confident_share, fidelity, frechet_distance, kernel_distance, precision_recall
+from ret_fl.audit.inception import inception_score
 
 
 def gauss(seed: int, *shape: int) -> Tensor:
@@ -222,6 +223,42 @@ def test_fidelity_in_the_features_of_a_given_model(digits: tuple[Tensor, Tensor]
     real, made = model.features(images[1000:1700]), model.features(images[:1000])
     assert scores.frechet == frechet_distance(real, made)
     assert (scores.precision, scores.recall) == precision_recall(real, made, 3)
+
+
+def test_the_inception_score_is_that_of_its_definition() -> None:
+    p = gauss(0, 95, 7).mul(2).softmax(1)
+    scores = []
+    for part in np.array_split(p.numpy(), 10):
+        kl = part * (np.log(part) - np.log(part.mean(axis=0)))
+        scores.append(np.exp(kl.sum(axis=1).mean()))
+    assert inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+
+
+def test_the_inception_score_runs_from_1_to_the_number_of_classes() -> None:
+    assert inception_score(torch.full((50, 5), 0.2)) == pytest.approx((1, 0))
+    assert inception_score(torch.eye(5).repeat(20, 1)) == pytest.approx((5, 0))
+    with pytest.raises(ValueError, match="10 images or more"):
+        inception_score(torch.eye(5))
+    with pytest.raises(ValueError, match="sum to 1"):
+        inception_score(gauss(0, 20, 5))
+
+
+def test_inception_tells_what_papers_report_and_no_other_model_does(
+    classifier: Any, digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    model = load_features(str(save_script(FakeInception(), tmp_path / "inception-2015-12-05.pt")))
+    images = digits[0]
+    train = torch.cat([images[:500], images[:100]])  # repeats count in a published FID
+    with pytest.warns(UserWarning, match="500 distinct training images stand in"):
+        scores = fidelity(model, images[600:1600], images[1600:1700], train)
+    features = model.features(images[600:1600])
+    assert scores.train_frechet == frechet_distance(model.features(train), features)
+    expected = inception_score(model.class_probabilities(images[600:1600]))
+    assert (scores.inception_score, scores.inception_deviation) == expected and expected[0] > 1
+    assert scores.real_inception_score is not None and scores.real_inception_score > 1
+    with pytest.warns(UserWarning):
+        other = fidelity(classifier, images[600:700], images[1600:1700], train)
+    assert other.train_frechet is other.inception_score is None
 
 
 def test_every_image_is_seen_once_and_there_are_as_many_stand_ins_as_samples(digits: tuple[Tensor, Tensor]) -> None:

@@ -69,6 +69,18 @@ def test_columns_of_any_name_and_string_classes_are_read(tmp_path: Path) -> None
         from_hf(tmp_path / "n.parquet", tmp_path, image_column="number")
 
 
+def test_the_test_split_in_files_of_its_own_never_trains(tmp_path: Path) -> None:
+    table().select(range(14)).to_parquet(tmp_path / "train.parquet")
+    table().select(range(14, 20)).to_parquet(tmp_path / "test.parquet")
+    splits = from_hf(tmp_path / "train.parquet", tmp_path, held_out_path=str(tmp_path / "test.parquet"))
+    assert (len(splits.train), len(splits.held_out)) == (14, 6)
+    expected = {np.asarray(picture(i)).transpose(2, 0, 1).tobytes() for i in range(14, 20)}
+    assert {x.numpy().tobytes() for x in splits.held_out.pixels()} == expected
+    datasets.DatasetDict({"train": table(), "test": table(5)}).save_to_disk(str(tmp_path / "saved"))
+    saved = from_hf(tmp_path / "saved", tmp_path, held_out_path=str(tmp_path / "saved"))
+    assert (len(saved.train), len(saved.held_out)) == (20, 0)  # the 5 of test are train's own: on neither side
+
+
 def test_a_corrupt_row_is_named_and_skipped(tmp_path: Path) -> None:
     rows = table().cast_column("image", datasets.Image(decode=False)).to_list()
     rows[3]["image"] = {"bytes": b"broken", "path": None}

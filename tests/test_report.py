@@ -211,7 +211,7 @@ def vary(data: st.DataObject, audit: Audit) -> Audit:
     shifted = rate.model_copy(update={"variant": "shift"})
     replication = drop(audit.replication.model_copy(update={"copy_rates": [rate, shifted]}), "held_out_distance")
     replication = drop(replication, "copy_rates", "memorized", "carlini", "worst", empty=[])
-    optional = ("confident", "real_frechet", "real_precision", "real_recall")
+    optional = ("confident", "train_frechet", "inception_score", "real_frechet", "real_precision", "real_recall")
     fidelity = drop(drop(audit.fidelity[0], *optional), "frechet", "kid", "real_frechet", empty=float("nan"))
     assert audit.leakage is not None and audit.training is not None
     leakage = drop(drop(audit.leakage, "exposure", "duplicates"), "membership", empty=[])

@@ -220,6 +220,24 @@ def test_a_picture_lying_on_its_side_is_turned_upright(tmp_path: Path) -> None:
     assert np.array_equal((splits.train.unit()[0] * 255).round().numpy().astype(int), upright)
 
 
+def test_images_of_the_held_out_path_never_train(folder: Path, tmp_path: Path) -> None:
+    for i in range(12):
+        path = tmp_path / "others" / "class1" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(100 + i).save(path)
+    others = {np.asarray(picture(100 + i)).transpose(2, 0, 1).tobytes() for i in range(12)}
+    splits = from_folder(folder, held_out_path=str(tmp_path / "others"), held_out=0, reference=False)
+    assert (len(splits.train), len(splits.held_out), splits.train.num_classes) == (20, 12, 2)
+    assert {x.numpy().tobytes() for x in splits.held_out.pixels()} == others
+    assert splits.held_out.labels is not None and set(splits.held_out.labels.tolist()) == {1}
+    with_reference = from_folder(folder, held_out_path=str(tmp_path / "others"), held_out=0.1, reference=True)
+    assert with_reference.reference is not None
+    assert (len(with_reference.train), len(with_reference.reference), len(with_reference.held_out)) == (9, 9, 3)
+    assert_disjoint(with_reference)
+    with pytest.raises(ConfigError, match=r"data\.held-out-path: .*nowhere is not a folder"):
+        from_folder(folder, held_out_path=str(tmp_path / "nowhere"))
+
+
 def spoil(folder: Path) -> list[str]:
     picture(50, (200, 200)).save(folder / "whole.jpg")
     (folder / "class0" / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:3000])

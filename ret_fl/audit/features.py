@@ -44,13 +44,15 @@ class LoadedModel:
     """A `FeatureModel` made of two steps on `device`.
 
     `prepare` takes float32 [n, 3, H, W] in [0, 1]; `embed` takes its result and gives [n, F], or a tuple that starts
-    with it.
+    with it. `classify` gives class probabilities [n, classes] instead, as the Inception Score wants them; None: the
+    network has no such classes.
     """
 
     name: str
     prepare: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor], Any]
     device: torch.device
+    classify: Callable[[Tensor], Any] | None = None
 
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:
@@ -60,15 +62,22 @@ class LoadedModel:
             ValueError: images that are not grey or RGB, too small or not in [0, 1], inputs that the network refuses,
                 or features that are not finite or not [N, F].
         """
-        return torch.cat([self._batch(part) for part in torch.as_tensor(images).split(BATCH)])
+        return torch.cat([self._batch(part, self.embed) for part in torch.as_tensor(images).split(BATCH)])
 
-    def _batch(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def class_probabilities(self, images: Images) -> Tensor | None:
+        """float32 [N, classes], on the CPU, of images as in `features`; None where `classify` is. Raises as there."""
+        if self.classify is None:
+            return None
+        return torch.cat([self._batch(part, self.classify) for part in torch.as_tensor(images).split(BATCH)])
+
+    def _batch(self, images: Tensor, network: Callable[[Tensor], Any]) -> Tensor:
         unit = unit_images(images).to(self.device)
         if unit.shape[1] not in (1, 3):
             raise ValueError(f"{self.name} needs grey or RGB images, got {unit.shape[1]} channels: convert them first")
         inputs = self.prepare(unit.expand(-1, 3, -1, -1))
         try:
-            features = self.embed(inputs)
+            features = network(inputs)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:
@@ -183,7 +192,11 @@ def _load_inception(path: Path, device: torch.device) -> LoadedModel:
     def embed(images: Tensor) -> Any:
         return network(images, return_features=True)
 
-    return LoadedModel("Inception-v3", _eight_bit, embed, device)
+    def classify(images: Tensor) -> Any:
+        # as the score's authors computed it: no bias before the softmax
+        return network(images, no_output_bias=True)
+
+    return LoadedModel("Inception-v3", _eight_bit, embed, device, classify)
 
 
 def _eight_bit(images: Tensor) -> Tensor:

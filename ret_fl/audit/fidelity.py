@@ -10,6 +10,7 @@ from ret_fl.audit import schema
 from ret_fl.audit.classifier import OF_TURNS, FeatureClassifier
 from ret_fl.audit.distances import MEMORY_MB, Images, nearest, pixel_rows, require_same_size
 from ret_fl.audit.features import FeatureModel, checked_features
+from ret_fl.audit.inception import SPLITS, inception_score
 from ret_fl.audit.realset import deduplicate
 
 # Frechet distances of 500 samples move by +-.3 with the noise seed (digits, 64 features).
@@ -34,7 +35,8 @@ def fidelity(
     They are compared with the held-out images, or with the distinct training images where fewer than 50 are held out.
     Frechet distances fall with the number of images on either side: compare only audits of equal numbers.
     real_*: a random choice of as many distinct training images as there are generated ones (all, if fewer) in their
-    place; None where the training images are what is compared with. `confident` needs a `FeatureClassifier` of classes.
+    place; None where the training images are what is compared with. train_frechet and inception_score are of
+    Inception-v3 only, as papers have them. `confident` needs a `FeatureClassifier` of classes.
 
     Args:
         model: a `FeatureClassifier`, a `load_features` result, or any `FeatureModel`.
@@ -70,6 +72,7 @@ def fidelity(
     confident = None
     if isinstance(model, FeatureClassifier) and model.name != OF_TURNS:
         confident = confident_share(model.probabilities(generated))
+    published = _published(model, generated, features, train, distinct, seed, memory_mb)
     scores: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
     if against == "held-out":
         stand_ins = features_of(train, _stand_ins(distinct, len(generated), model.name, seed))
@@ -89,7 +92,25 @@ def fidelity(
         real_precision=scores[1],
         real_recall=scores[2],
         recipe=model.recipe if isinstance(model, FeatureClassifier) else model.name,
+        **published,
     )
+
+
+def _published(
+    model: FeatureModel, generated: Tensor, features: Tensor, train: Tensor, distinct: Tensor, seed: int, memory_mb: int
+) -> dict[str, float]:
+    """What papers report of Inception-v3: FID against the training images, and IS; nothing of other models."""
+    classify = getattr(model, "class_probabilities", None)
+    if classify is None or len(generated) < SPLITS or (probabilities := classify(generated)) is None:
+        return {}
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # few samples: said once
+        frechet = frechet_distance(_features(model, train, torch.arange(len(train)), memory_mb), features)
+    score, deviation = inception_score(probabilities)
+    found = {"train_frechet": frechet, "inception_score": score, "inception_deviation": deviation}
+    if len(distinct) >= SPLITS:
+        stand_ins = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))]
+        found["real_inception_score"] = inception_score(classify(train[stand_ins[: len(generated)]]))[0]
+    return found
 
 
 def _stand_ins(distinct: Tensor, count: int, name: str, seed: int) -> Tensor:

@@ -73,6 +73,15 @@ METHODS = (
         "sets of images do not compare.",
     ),
     Method(
+        "inception",
+        "Inception Score, and FID as published",
+        "Of Inception-v3 alone. The score is exp of the mean divergence of a sample's class probabilities from those "
+        "of all samples, the mean over 10 parts. FID as papers report it compares with the training images instead of "
+        "unseen ones.",
+        "Salimans et al. 2016 (arXiv 1606.03498).",
+        "Both reward copying: the training images themselves score best.",
+    ),
+    Method(
         "membership",
         "Membership inference",
         "One score for each image, the model's loss on fixed timesteps and noise or the error of the PIA attack, "

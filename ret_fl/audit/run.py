@@ -188,6 +188,11 @@ class _Remembering:
             self._known.update(zip(new, self._model.features(images[list(new.values())]), strict=True))
         return torch.stack([self._known[key] for key in keys])
 
+    def class_probabilities(self, images: Images) -> Tensor | None:
+        """As the model's own; None if it has none."""
+        classify = getattr(self._model, "class_probabilities", None)
+        return classify(images) if classify else None
+
 
 def _closest(generated: Generated, data: AuditData, worst: Sequence[schema.WorstCopy]) -> Pairs:
     ratio = torch.tensor([torch.nan if w.ratio is None else w.ratio for w in worst])

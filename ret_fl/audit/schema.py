@@ -164,9 +164,10 @@ class Fidelity(Part):
     """Quality and diversity against held-out images (or training images where none are held out) in some features.
 
     real_*: the same of an equally large set of training images in the samples' place: what a perfect model that
-    copies everything would score. confident: share of samples the classifier is surer than 90 % of. recipe: what
-    decides the features, a hash of how the classifier of the data was trained, or the model's name; None in audits made
-    before it was kept.
+    copies everything would score. train_frechet, inception_score (mean and deviation over 10 parts): of Inception-v3,
+    as papers report them; the first is against all training images, and rewards copying. confident: share of samples
+    the classifier is surer than 90 % of. recipe: what decides the features, a hash of how the classifier of the data
+    was trained, or the model's name; None in audits made before it was kept.
     """
 
     features: str
@@ -180,6 +181,10 @@ class Fidelity(Part):
     real_frechet: float | None
     real_precision: float | None
     real_recall: float | None
+    train_frechet: float | None = None
+    inception_score: float | None = None
+    inception_deviation: float | None = None
+    real_inception_score: float | None = None
     recipe: str | None = None
 
 

@@ -29,6 +29,8 @@ HEADLINE_TAUS = (0.15, 0.5)
 VARIANTS = {"pixels": "by pixels", "shift": "moved by a pixel", "flip": "mirrored"}
 QUALITIES: tuple[tuple[str, Callable[[float | None], str], str], ...] = (
     ("Fréchet distance", number, "frechet"),
+    ("Fréchet distance to the training images, as published", number, "train_frechet"),
+    ("Inception Score", number, "inception_score"),
     ("KID", number, "kid"),
     ("Precision", percent, "precision"),
     ("Recall", percent, "recall"),

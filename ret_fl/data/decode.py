@@ -8,6 +8,7 @@ import logging
 import os
 import struct
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,13 +31,17 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.D
 
 @dataclass(frozen=True)
 class Encoded:
-    """Images not yet decoded: `open(i)` gives the i-th (and raises if it cannot), `name(i)` what to call it."""
+    """Images not yet decoded: `open(i)` gives the i-th (and raises if it cannot), `name(i)` what to call it.
+
+    outside: bool [count], which of them must not train; None: all may.
+    """
 
     count: int
     open: Callable[[int], Image.Image]
     name: Callable[[int], str]
     labels: np.ndarray | None
     num_classes: int
+    outside: np.ndarray | None = None
 
 
 def cache_dir(config: DataConfig) -> Path:
@@ -63,7 +68,7 @@ def decode_cached(contents: object, find: Callable[[], Encoded], config: DataCon
             data.on-corrupt is 'refuse', or the cache cannot be written.
     """
     settings = (config.image_size, config.channels, config.on_corrupt)
-    key = hashlib.sha256(json.dumps([1, contents, settings]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([2, contents, settings]).encode()).hexdigest()[:32]
     folder = cache_dir(config)
     images_path, notes_path = folder / f"{key}.npy", folder / f"{key}.json"
     if not (notes_path.exists() and images_path.exists()):
@@ -78,19 +83,31 @@ def decode_cached(contents: object, find: Callable[[], Encoded], config: DataCon
         shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
         logger.warning("skipped %d unreadable images: %s (data.on-corrupt=refuse stops)", len(unreadable), shown)
     labels = None if notes["labels"] is None else np.array(notes["labels"], dtype=np.int64)
-    return ImageSet(np.load(images_path, mmap_mode="c"), labels, notes["num_classes"], "photo", unreadable)
+    return ImageSet(
+        np.load(images_path, mmap_mode="c"),
+        labels,
+        notes["num_classes"],
+        "photo",
+        unreadable,
+        outside=None if notes["outside"] is None else np.array(notes["outside"], dtype=bool),
+        names=notes["names"],
+        originals=notes["originals"],
+    )
 
 
 def _write_entry(encoded: Encoded, config: DataConfig, images_path: Path, notes_path: Path) -> None:
     """Decode everything into `images_path`, then write `notes_path`; each appears complete or not at all."""
     scratch = images_path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
-        kept, unreadable = _decode(encoded, config, scratch)
+        kept, unreadable, originals = _decode(encoded, config, scratch)
         scratch.replace(images_path)
         notes = {
             "unreadable": unreadable,
             "labels": None if encoded.labels is None else encoded.labels[kept].tolist(),
             "num_classes": encoded.num_classes,
+            "outside": None if encoded.outside is None else encoded.outside[kept].tolist(),
+            "names": [encoded.name(i) for i in kept],
+            "originals": originals,
         }
         scratch.write_text(json.dumps(notes), encoding="utf-8")
         scratch.replace(notes_path)
@@ -98,8 +115,11 @@ def _write_entry(encoded: Encoded, config: DataConfig, images_path: Path, notes_
         scratch.unlink(missing_ok=True)
 
 
-def _decode(encoded: Encoded, config: DataConfig, path: Path) -> tuple[list[int], list[str]]:
-    """Write uint8 [n, C, H, W] to `path` in .npy format; which images it holds, and the names of the others."""
+def _decode(encoded: Encoded, config: DataConfig, path: Path) -> tuple[list[int], list[str], dict[str, int]]:
+    """Write uint8 [n, C, H, W] to `path` in .npy format.
+
+    Which images it holds, the names of the others, and how many had which mode and size.
+    """
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         headers = list(pool.map(lambda i: _header(encoded, i), range(encoded.count)))
         readable = [i for i, header in enumerate(headers) if not isinstance(header, Exception)]
@@ -124,7 +144,9 @@ def _decode(encoded: Encoded, config: DataConfig, path: Path) -> tuple[list[int]
         raise ConfigError(f"data.path: none of its {encoded.count} images can be read ({encoded.name(0)}, ...)")
     if len(kept) < len(images):
         _shorten(images, len(kept), path)
-    return kept, [encoded.name(i) for i in sorted(failed)]
+    came = [header for header in map(headers.__getitem__, kept) if not isinstance(header, Exception)]
+    originals = Counter(f"{mode} {width}x{height}" for mode, (width, height) in came)
+    return kept, [encoded.name(i) for i in sorted(failed)], dict(originals.most_common())
 
 
 def _shorten(images: np.ndarray, count: int, path: Path) -> None:

@@ -17,27 +17,41 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 def load_folder(config: DataConfig) -> ImageSet:
     """All images below data.path, in the order of their paths.
 
-    Classes are the names of the top sub-folders, sorted; images beside such folders form a class of their own. Without
-    sub-folders there are no classes.
+    Those below data.held-out-path, if it is set, come last and do not train. Classes are the names of the top
+    sub-folders, sorted; images beside such folders form a class of their own. Without sub-folders there are no classes.
 
     Raises:
         ConfigError: data.path is unset, missing, or holds no images; or as `decode_cached`.
     """
     if not config.path:
         raise ConfigError("data.source=image-folder needs a folder of images in data.path")
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"data.path: {root} is not a folder")
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-    if not files:
-        raise ConfigError(f"data.path: no PNG, JPEG, WebP or BMP images below {root}")
+    training, root = _images(config.path, "data.path"), Path(config.path).expanduser()
+    contents: list[object] = ["image-folder", describe_files(training, root)]
+    files, relative, outside = training, [file.relative_to(root) for file in training], None
+    names = [path.as_posix() for path in relative]
+    if config.held_out_path:
+        others, beside = _images(config.held_out_path, "data.held-out-path"), Path(config.held_out_path).expanduser()
+        contents.append(describe_files(others, beside))
+        files, relative = training + others, relative + [file.relative_to(beside) for file in others]
+        names += [file.as_posix() for file in others]
+        outside = np.arange(len(files)) >= len(training)
 
     def find() -> Encoded:
-        labels, num_classes = _classes([file.relative_to(root) for file in files])
-        names = [file.relative_to(root).as_posix() for file in files]
-        return Encoded(len(files), lambda i: Image.open(files[i]), names.__getitem__, labels, num_classes)
+        labels, num_classes = _classes(relative)
+        return Encoded(len(files), lambda i: Image.open(files[i]), names.__getitem__, labels, num_classes, outside)
 
-    return decode_cached(["image-folder", describe_files(files, root)], find, config)
+    return decode_cached(contents, find, config)
+
+
+def _images(path: str, setting: str) -> list[Path]:
+    """The image files below a folder, sorted. Raises `ConfigError` naming the setting if there are none."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"{setting}: {root} is not a folder")
+    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    if not files:
+        raise ConfigError(f"{setting}: no PNG, JPEG, WebP or BMP images below {root}")
+    return files
 
 
 def _classes(paths: list[Path]) -> tuple[np.ndarray | None, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,30 @@ def load_hf(config: DataConfig) -> ImageSet:
     """The images of data.path (split data.split), in row order, with the classes of data.label-column if it exists.
 
     data.path is a folder written by `save_to_disk`, a parquet file, a folder or glob of parquet files, or the name of
-    a dataset on the hub. A file or glob is taken whole, as the split asked for.
+    a dataset on the hub. A file or glob is taken whole, as the split asked for. The rows of data.held-out-path (split
+    data.held-out-split), if it is set, come last and do not train.
 
     Raises:
         ConfigError: the path, split or column does not exist, `datasets` is missing, or as `decode_cached`.
     """
     if not config.path:
         raise ConfigError("data.source=hf needs data.path: a hub name, a save_to_disk folder or parquet files")
+    contents, open_training = _found(config)
+    if not config.held_out_path:
+        return decode_cached(contents, lambda: _encoded([open_training()], config), config)
+    beside = config.model_copy(update={"path": config.held_out_path, "split": config.held_out_split})
+    others, open_others = _found(beside)
+    return decode_cached([contents, others], lambda: _encoded([open_training(), open_others()], config), config)
+
+
+def _found(config: DataConfig) -> tuple[object, Callable[[], Any]]:
+    """What tells the dataset at data.path from any other, and how to open it."""
     columns = [config.split, config.image_column, config.label_column]
     root, files = _local(config.path)
     if files:
-        contents = ["hf", describe_files(files, root), columns]
-        return decode_cached(contents, lambda: _encoded(_open_local(root, files, config), config), config)
+        return ["hf", describe_files(files, root), columns], lambda: _open_local(root, files, config)
     dataset = _call(config, "load_dataset", config.path, split=config.split)
-    return decode_cached(["hf", dataset._fingerprint, columns], lambda: _encoded(dataset, config), config)
+    return ["hf", dataset._fingerprint, columns], lambda: dataset
 
 
 def _local(path: str) -> tuple[Path, list[Path]]:
@@ -87,39 +98,56 @@ def _call(config: DataConfig, function: str, *arguments: Any, **options: Any) ->
         raise ConfigError(f"data.path: cannot load {config.path} (data.split={config.split}): {error}") from error
 
 
-def _encoded(dataset: Any, config: DataConfig) -> Encoded:
+def _encoded(datasets: Sequence[Any], config: DataConfig) -> Encoded:
+    """The rows of all datasets one after the other; those of the second and further ones must not train."""
+    tables = [_image_rows(dataset, config) for dataset in datasets]
+    labels, num_classes = _labels(datasets, config)
+    ends = np.cumsum([len(table) for table in tables])
+
+    def place(i: int) -> tuple[int, int]:
+        which = int(np.searchsorted(ends, i, side="right"))
+        return which, i - int(ends[which - 1] if which else 0)
+
+    def open_row(i: int) -> Image.Image:
+        which, row = place(i)
+        cell = tables[which][row][config.image_column]
+        if cell is None:
+            raise ValueError("the row has no image")
+        return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+
+    def name(i: int) -> str:
+        which, row = place(i)
+        return f"held-out row {row}" if which else f"row {row}"
+
+    outside = np.arange(ends[-1]) >= ends[0] if len(tables) > 1 else None
+    return Encoded(int(ends[-1]), open_row, name, labels, num_classes, outside)
+
+
+def _image_rows(dataset: Any, config: DataConfig) -> Any:
+    """The image column alone, its cells undecoded."""
     import datasets
 
     if config.image_column not in dataset.column_names:
         raise ConfigError(f"data.image-column: no {config.image_column!r} among {dataset.column_names}")
     if not len(dataset):
         raise ConfigError(f"data.path: {config.path} (data.split={config.split}) has no rows")
-    labels, num_classes = _labels(dataset, config)
     rows = dataset.select_columns([config.image_column])
     try:
-        rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+        return rows.cast_column(config.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # the last is what pyarrow raises for such a cast
         raise ConfigError(f"data.image-column: {config.image_column!r} does not hold images: {error}") from error
 
-    def open_row(i: int) -> Image.Image:
-        cell = rows[i][config.image_column]
-        if cell is None:
-            raise ValueError("the row has no image")
-        return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
 
-    return Encoded(len(rows), open_row, lambda i: f"row {i}", labels, num_classes)
-
-
-def _labels(dataset: Any, config: DataConfig) -> tuple[np.ndarray | None, int]:
-    if config.label_column not in dataset.column_names:
+def _labels(datasets: Sequence[Any], config: DataConfig) -> tuple[np.ndarray | None, int]:
+    if any(config.label_column not in dataset.column_names for dataset in datasets):
         return None, 0
-    values = np.array(dataset[config.label_column][:])
+    values = np.concatenate([np.array(dataset[config.label_column][:]) for dataset in datasets])
     if values.ndim != 1 or values.dtype.kind not in "iubU":
         raise ConfigError(
             f"data.label-column: {config.label_column!r} must hold one integer or string a row; "
             "name another column, or one that does not exist to go without classes"
         )
-    declared = getattr(dataset.features[config.label_column], "num_classes", None)
+    declared = getattr(datasets[0].features[config.label_column], "num_classes", None)
     if declared is not None and values.min() >= 0:
         return values.astype(np.int64), int(declared)
     names, labels = np.unique(values, return_inverse=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ class ImageSet:
     labels: int64 [N] in [0, num_classes), or None (then num_classes is 0).
     unreadable: names of images that were skipped.
     outside: bool [N], True where an image may be held out or serve as reference but must not train; None: any may.
+    names: what to call each image; empty: its row.
+    originals: how many images came in which mode and size ("RGB 512x384"), where they were brought to one.
     """
 
     images: np.ndarray
@@ -28,6 +31,8 @@ class ImageSet:
     kind: Kind
     unreadable: tuple[str, ...] = ()
     outside: np.ndarray | None = None
+    names: Sequence[str] = ()
+    originals: Mapping[str, int] = field(default_factory=dict)
 
 
 def resize(images: np.ndarray, side: int) -> np.ndarray:

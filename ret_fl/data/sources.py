@@ -13,6 +13,7 @@ import numpy as np
 
 from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.builtin import load_builtin
+from ret_fl.data.cifar import load_cifar
 from ret_fl.data.folder import load_folder
 from ret_fl.data.hf import load_hf
 from ret_fl.data.images import ImageSet, Kind
@@ -69,6 +70,8 @@ def load_splits(config: DataConfig) -> DataSplits:
     contents = _Contents(store, found)
     train, reference, held_out = _divide(contents, found.outside, config, rng)
     rows = contents.rows(train)
+    if found.outside is not None:
+        rows = rows[~found.outside[rows]]  # a test image that equals a training one is on neither side
     canary_rows, canaries = _canaries(contents, train, rows, config, rng)
     return DataSplits(
         train=store.subset(np.concatenate([rows, canary_rows])),
@@ -89,13 +92,24 @@ def deal(config: RunConfig, data: DataSplits) -> np.ndarray:
 
 def load_images(config: DataConfig) -> ImageSet:
     """All images of the source, undivided. Raises `ConfigError` if it cannot be read."""
-    if is_url(config.path):
-        config = mirrored(config)
+    config = _on_this_machine(config)
+    if config.source == "cifar":
+        return load_cifar(config)
     if config.source == "image-folder":
         return load_folder(config)
     if config.source == "hf":
         return load_hf(config)
     return load_builtin(config)
+
+
+def _on_this_machine(config: DataConfig) -> DataConfig:
+    """The same settings, URLs replaced by what mirrors them here."""
+    if is_url(config.path):
+        config = mirrored(config)
+    if is_url(config.held_out_path):
+        copy = mirrored(config.model_copy(update={"path": config.held_out_path}))
+        config = config.model_copy(update={"held_out_path": copy.path})
+    return config
 
 
 class _Contents:

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ret_fl.config import ConfigError, DiffusionConfig, ModelConfig
+from ret_fl.diffusion.sampling import saved_fold
 
 
 def _blocks(kind: str, attention_at: set[int], levels: int) -> tuple[str, ...]:
@@ -47,6 +48,8 @@ def fold_factor(config: ModelConfig, image_shape: tuple[int, int, int]) -> int:
     """Side of the pixel blocks folded into channels (pixel_unshuffle) before the U-Net; 1 folds nothing."""
     if config.pixel_unshuffle:
         return config.pixel_unshuffle
+    if config.init_from:
+        return saved_fold(Path(config.init_from))
     return 2 if image_shape[1] == 16 and config.preset in ("tiny", "small") else 1
 
 

@@ -52,12 +52,14 @@ def draw_images(
     steps: int = 50,
     fold: int = 1,
     batch_size: int = 256,
+    label: int | None = None,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images first..first+count-1 of a seed: float32 [count, C, H, W] in [0, 1], on the CPU.
 
-    A class-conditional U-Net gives image i the label i modulo its classes. `on_progress` is told how many are done.
+    A class-conditional U-Net gives image i the label i modulo its classes, or all of them `label`. `on_progress` is
+    told how many are done. Raises `ValueError` for a label that the U-Net does not have.
     """
     total = scheduler.config.num_train_timesteps
     steps = min(steps, total - 1)
@@ -67,11 +69,15 @@ def draw_images(
     unet = unet.to(device).eval()
     shape = noise_shape(unet)
     classes = unet.config.num_class_embeds
+    if label is not None and not 0 <= label < (classes or 0):
+        raise ValueError(f"no label {label}: the model has {f'labels 0 to {classes - 1}' if classes else 'no classes'}")
     done: list[Tensor] = []
     for start in range(first, first + count, batch_size):
         size = min(batch_size, first + count - start)
         x = start_noise(seed, start, size, shape).to(device)
         labels = torch.arange(start, start + size, device=device) % classes if classes else None
+        if labels is not None and label is not None:
+            labels = torch.full_like(labels, label)
         ddim.set_timesteps(steps, device=device)
         for t in ddim.timesteps:
             predicted = unet(x, t, class_labels=labels, return_dict=False)[0]
@@ -99,6 +105,10 @@ def load_pipeline(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    return unet, scheduler, saved_fold(folder)
+
+
+def saved_fold(folder: Path) -> int:
+    """The fold factor of the model in a pipeline's folder."""
     note = folder / FOLD_FILE
-    fold = json.loads(note.read_text())["pixel_unshuffle"] if note.is_file() else 1
-    return unet, scheduler, fold
+    return int(json.loads(note.read_text())["pixel_unshuffle"]) if note.is_file() else 1

@@ -1,0 +1,71 @@
+"""What the preset files say of themselves in their first comment: command, title, data, size.
+
+# ret-fl run --preset simulations/presets/NAME.toml
+#
+# A title of one sentence, that may go on
+# over lines.
+# Data: what must lie where
+#   (indented lines go on)
+# Size: parameters, memory, images seen
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ret_fl.config import ConfigError
+
+FOLDER = Path("simulations/presets")
+FIELDS = ("Data", "Size")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset file's first comment; `command` is the line that runs it."""
+
+    path: Path
+    command: str
+    title: str
+    data: str
+    size: str
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @classmethod
+    def read(cls, path: Path) -> Preset:
+        """Raises `ConfigError` if the file's first comment is none of this form."""
+        lines = list(_first_comment(path))
+        command, parts = lines[0] if lines else "", {"title": ""}
+        filled = "title"
+        for line in lines[2:]:
+            name, colon, text = line.partition(": ")
+            if not line:
+                break
+            if colon and name in FIELDS:
+                filled = name
+                parts[name] = text
+            else:
+                parts[filled] = f"{parts[filled]} {line.strip()}".strip()
+        missing = [field for field in ("title", *FIELDS) if not parts.get(field)]
+        if not command.startswith("ret-fl ") or missing:
+            raise ConfigError(
+                f"{path}: its first comment must be the command, an empty line, a title, and lines that begin with "
+                f"{' and '.join(f'{field}:' for field in FIELDS)}"
+            )
+        return cls(path, command, parts["title"], parts["Data"], parts["Size"])
+
+
+def _first_comment(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            return
+        yield line.removeprefix("#").removeprefix(" ")
+
+
+def all_presets(app: Path) -> list[Preset]:
+    """The presets of an app folder, by name. Raises `ConfigError` as `Preset.read`."""
+    return [Preset.read(path) for path in sorted((app / FOLDER).glob("*.toml"), key=lambda p: p.stem)]

@@ -1,0 +1,121 @@
+"""Fine-tuning goes on from a pretrained pipeline: its weights, its fold, a bank that knows what it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_trainer, run_server
+from diffusers import DDPMPipeline
+from orders import ALL_T, make_order, train
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ret_fl.checkpoint import load_latest
+from ret_fl.config import RunConfig, Scalar
+from ret_fl.data.sources import load_splits
+from ret_fl.proxy import Round
+from ret_fl.rundir import RunDir
+from ret_fl.settings import read_preset
+
+Tiny = Callable[..., RunConfig]
+WARM: dict[str, Scalar] = ALL_T | {"agc.warm-passes": 3}
+
+
+def test_a_warm_bank_holds_the_losses_of_the_model_that_is_given(tiny: Tiny) -> None:
+    cold, warm = tiny(ALL_T), tiny(WARM)
+    n = len(make_order(cold).ids)
+    before = train(cold).report.bank_visits.sum()
+    report = train(warm).report
+    assert report.bank_visits.sum() - before == 3 * n
+    assert report.images == train(cold).report.images  # what fills the bank is not trained on
+    assert report.visits.sum() == n and report.bank_values.max() > 0
+
+
+def test_only_an_empty_bank_is_warmed(tiny: Tiny) -> None:
+    config = tiny(WARM)
+    order = make_order(config, bank=1e-6)
+    assert train(config, order).report.bank_visits.sum() == order.bank_visits.sum() + len(order.ids)
+
+
+def test_a_warm_bank_skips_in_the_first_round_where_a_cold_one_cannot(tiny: Tiny) -> None:
+    # 50 passes fill all of 4 timesteps; then what is far below the usual is skipped from the first batch on
+    few: dict[str, Scalar] = {"diffusion.timesteps": 4, "agc.mem-ratio": 1.05, "batch-size": 20}
+    cold, warm = tiny(ALL_T, few), tiny(ALL_T, few, {"agc.warm-passes": 50})
+    assert train(cold).report.skips.sum() == 0  # a single batch, and the bank is read before it is filled
+    assert train(warm).report.skips.sum() > 3
+
+
+def test_training_images_are_mirrored_half_of_the_time_where_asked(tiny: Tiny) -> None:
+    config = tiny({"data.flip": True, "local-epochs": 20})
+    data = load_splits(config.data)
+    trainer, order = make_trainer(config), make_order(config)
+    seen: list[torch.Tensor] = []
+    folded = trainer.objective.folded
+    trainer.objective.folded = lambda images: seen.append(images.clone()) or folded(images)  # type: ignore[func-returns-value, method-assign]
+    round_ = Round(trainer, order, data.train, data.kind)
+    position = torch.arange(20).repeat(20)
+    torch.manual_seed(0)
+    for part in position.split(40):
+        round_.batch(part)
+    images = data.train.fetch(torch.from_numpy(order.ids))[0][position]
+    shown = torch.cat(seen)
+    same, mirrored = (shown == images).flatten(1).all(1), (shown == images.flip(-1)).flatten(1).all(1)
+    assert (same | mirrored).all()
+    assert 0.4 < mirrored.double().mean() < 0.6
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of folded pixels, trained for some rounds on half of the digits."""
+    flat = TINY | {
+        "data.image-size": 16,
+        "data.limit": 150,
+        "num-server-rounds": 3,
+        "local-epochs": 8,
+        "batch-size": 32,
+    }
+    flat |= {"agc.mode": "off", "diffusion.prediction": "epsilon", "data.seed": 1, "optimizer.lr": 0.002}
+    return run_server(RunConfig.from_flat(flat), tmp_path_factory.mktemp("pretrained") / "run").final
+
+
+def test_fine_tuning_from_end_to_end(pretrained: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, digit in enumerate(load_digits().images[:40]):
+        Image.fromarray(np.uint8(digit * 15.9)).save(photos / f"{i}.png")
+    flat = read_preset(ROOT / "simulations/presets/fine-tune.toml")
+    small: dict[str, Scalar] = {
+        "data.path": str(photos), "data.limit": 0, "data.image-size": 16, "data.held-out": 0.2,
+        "model.init-from": str(pretrained), "shards": 2, "num-server-rounds": 2, "local-epochs": 2,
+        "batch-size": 8, "optimizer.warmup-steps": 3,
+    }  # fmt: skip
+    flat |= TINY | small
+    run = run_server(RunConfig.from_flat(flat | {"samples": 8, "sample-steps": 2}), tmp_path / "tuned")
+    scratch = run_server(
+        RunConfig.from_flat(flat | {"model.init-from": "", "model.preset": "tiny", "agc.warm-passes": 0}),
+        tmp_path / "from-scratch",
+    )
+    assert run.rows()[0]["loss"] < 0.8 * scratch.rows()[0]["loss"]  # it starts from what was learned
+    before = DDPMPipeline.from_pretrained(pretrained, local_files_only=True)
+    pipeline = DDPMPipeline.from_pretrained(run.final, local_files_only=True)
+    assert pipeline.unet.config.in_channels == before.unet.config.in_channels == 4  # folded as the pretrained one is
+    changed = [not torch.equal(a, b) for a, b in zip(pipeline.unet.parameters(), before.unet.parameters(), strict=True)]
+    assert any(changed)
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 8, 8, 4) and np.isfinite(images).all()
+    assert np.load(run.samples).shape == (8, 1, 16, 16)
+
+
+def test_a_resumed_fine_tuning_does_not_warm_its_bank_again(pretrained: Path, tmp_path: Path) -> None:
+    flat = TINY | WARM | {"model.init-from": str(pretrained), "data.image-size": 16, "diffusion.prediction": "epsilon"}
+    whole = run_server(RunConfig.from_flat(flat), tmp_path / "whole")
+    run_server(RunConfig.from_flat(flat | {"num-server-rounds": 1}), tmp_path / "part")
+    part = RunDir(tmp_path / "part")
+    part.write_config(part.read_config().model_copy(update={"num_server_rounds": 2}))
+    run_server(part.read_config(), part.path, resume=True)
+    visits = [load_latest(run.checkpoints).shards for run in (whole, part)]
+    assert [s.bank_visits.sum() for s in visits[0]] == [s.bank_visits.sum() for s in visits[1]] == [12 * 3 + 24] * 2
