@@ -23,6 +23,7 @@ from ret_fl.settings import read_preset
 
 Tiny = Callable[..., RunConfig]
 WARM: dict[str, Scalar] = ALL_T | {"agc.warm-passes": 3}
+EPSILON: dict[str, Scalar] = {"diffusion.prediction": "epsilon", "diffusion.beta-schedule": "linear"}
 
 
 def test_a_warm_bank_holds_the_losses_of_the_model_that_is_given(tiny: Tiny) -> None:
@@ -78,7 +79,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "local-epochs": 8,
         "batch-size": 32,
     }
-    flat |= {"agc.mode": "off", "diffusion.prediction": "epsilon", "data.seed": 1, "optimizer.lr": 0.002}
+    flat |= EPSILON | {"agc.mode": "off", "data.seed": 1, "optimizer.lr": 0.002}
     return run_server(RunConfig.from_flat(flat), tmp_path_factory.mktemp("pretrained") / "run").final
 
 
@@ -111,7 +112,7 @@ def test_fine_tuning_from_end_to_end(pretrained: Path, tmp_path: Path) -> None:
 
 
 def test_a_resumed_fine_tuning_does_not_warm_its_bank_again(pretrained: Path, tmp_path: Path) -> None:
-    flat = TINY | WARM | {"model.init-from": str(pretrained), "data.image-size": 16, "diffusion.prediction": "epsilon"}
+    flat = TINY | WARM | EPSILON | {"model.init-from": str(pretrained), "data.image-size": 16}
     whole = run_server(RunConfig.from_flat(flat), tmp_path / "whole")
     run_server(RunConfig.from_flat(flat | {"num-server-rounds": 1}), tmp_path / "part")
     part = RunDir(tmp_path / "part")
