@@ -21,11 +21,12 @@ from ret_fl.devices import resolve_device
 from ret_fl.events import as_text
 from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
-from ret_fl.proxy import ProxyTrainer, train_proxy
+from ret_fl.proxy import train_proxy
 from ret_fl.proxystate import ProxyFiles
 from ret_fl.samples.access import open_access
 from ret_fl.samples.records import Description
 from ret_fl.speed import images_per_second
+from ret_fl.trainer import ProxyTrainer
 
 app = ClientApp()
 

@@ -21,9 +21,9 @@ from ret_fl.auditing import Drawing, data_of, draw, measure
 from ret_fl.config import RunConfig, describe
 from ret_fl.data.sources import DataSplits
 from ret_fl.devices import resolve_device
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import make_scheduler
-from ret_fl.diffusion.sampling import save_pipeline
+from ret_fl.diffusion.models import fold_factor
+from ret_fl.diffusion.proxymodel import load_trained, open_model
+from ret_fl.diffusion.text_to_image import is_text_to_image
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State
 from ret_fl.recorder import ema_state
@@ -32,10 +32,9 @@ from ret_fl.rundir import RunDir
 
 def finish(run: RunDir, config: RunConfig, data: DataSplits, weights: State, ledger: ShardLedger) -> None:
     """Write final/, samples.npy, the pictures, the audit and summary.md into the run's folder."""
-    store = data.train
-    unet = build_unet(config.model, store.image_shape, store.num_classes, config.seed)
-    unet.load_state_dict(ema_state(weights))
-    save_pipeline(run.final, unet, make_scheduler(config.diffusion), fold_factor(config.model, store.image_shape))
+    model = open_model(config, data.train.image_shape, data.train.num_classes)
+    load_trained(model.unet, ema_state(weights))
+    model.save(run.final)
     rows = run.rows()
     pictures.save_curves(rows, run.path / "curves.png")
     for old in (run.samples, run.path / "samples.png", run.path / "copies.png", run.audit / NUMBERS, run.audit / PAGE):

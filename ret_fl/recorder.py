@@ -20,13 +20,13 @@ from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits
 from ret_fl.data.store import SampleStore
 from ret_fl.devices import resolve_device
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
 from ret_fl.protocol import State, unpack_state
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.trainer import part_of
 
 EVALUATED = 512
 """Images of each split whose loss is measured during training."""
@@ -34,7 +34,7 @@ EVALUATED = 512
 
 def ema_state(weights: State) -> dict[str, torch.Tensor]:
     """The averaged weights, which are the model a run hands over."""
-    return {k.removeprefix("ema."): torch.from_numpy(v) for k, v in weights.items() if k.startswith("ema.")}
+    return part_of(weights, "ema.")
 
 
 class RunRecorder:
@@ -42,11 +42,9 @@ class RunRecorder:
 
     def __init__(self, run: RunDir, config: RunConfig, strategy: RedistributeEnsemble, data: DataSplits) -> None:
         self.run, self.config, self.strategy, self.data = run, config, strategy, data
-        self.device = resolve_device(config.device)
-        shape, classes = data.train.image_shape, data.train.num_classes
-        self.unet = build_unet(config.model, shape, classes, config.seed).to(self.device)
-        fold = fold_factor(config.model, shape)
-        self.objective = Objective(make_scheduler(config.diffusion), self.device, fold=fold)
+        device = resolve_device(config.device)
+        model = open_model(config, data.train.image_shape, data.train.num_classes)
+        self.unet, self.objective = model.unet.to(device), model.objective(device)
         # the last average before this run was taken up again: what an uninterrupted one would remember
         self.evaluated = strategy.first_round - strategy.first_round % config.aggregate_every
         self._forget_rounds_after(strategy.first_round)
@@ -94,7 +92,7 @@ class RunRecorder:
         return bool(every) and (round - round % every > self.evaluated or round == self.config.num_server_rounds)
 
     def _losses(self, weights: State) -> dict[str, object]:
-        self.unet.load_state_dict(ema_state(weights))
+        load_trained(self.unet, ema_state(weights))
         losses: dict[str, object] = {}
         for name, store in (("train_loss", self.data.train), ("held_out_loss", self.data.held_out)):
             if len(store):

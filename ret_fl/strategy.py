@@ -191,7 +191,7 @@ class RedistributeEnsemble(Strategy):
         list(self.base.configure_train(server_round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
         shards = range(self.ledger.num_shards)
         orders = {shard: self.order(round, shard) for shard in shards}
-        work = {shard: self.config.local_epochs * len(order.ids) for shard, order in orders.items()}
+        work = {shard: self.config.visits(len(order.ids)) for shard, order in orders.items()}
         messages = {
             shard: Message(
                 orders[shard].pack(arrays),

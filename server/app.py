@@ -18,7 +18,9 @@ from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
-from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
+from ret_fl.diffusion.models import check_pretrained_schedule
+from ret_fl.diffusion.proxymodel import open_model, trained_parameters
+from ret_fl.diffusion.text_to_image import require_captions
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
@@ -28,6 +30,7 @@ from ret_fl.rundir import RunDir
 from ret_fl.samples.grants import Signer
 from ret_fl.samples.records import Description, hash_samples
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.trainer import state_of
 
 app = ServerApp()
 
@@ -57,6 +60,7 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
 
     data = load_splits(config.data)
     log(INFO, "data: %s", data.describe())
+    require_captions(config, data.train)
     if checkpoint:
         _refuse_other_data(checkpoint, data)
     _warn_of_duplicates(config, data)
@@ -96,9 +100,9 @@ def fresh_strategy(
         sizes = roster.sizes(config.shards, nodes)
         log(INFO, "shard sizes by speed: %s", sizes)
         dealt = config.model_copy(update={"partition": config.partition.model_copy(update={"sizes": sizes})})
-    unet = build_unet(config.model, train.image_shape, train.num_classes, config.seed)
-    state = {name: value.numpy() for name, value in unet.state_dict().items()}
-    weights = {f"{part}.{name}": value for part in ("raw", "ema") for name, value in state.items()}
+    model = open_model(config, train.image_shape, train.num_classes)
+    start = dict(trained_parameters(model.unet))
+    weights = state_of(start, start if config.ema.decay else None)
     strategy = RedistributeEnsemble(
         ShardLedger.start(deal(dealt, data), config.shards),
         config,

@@ -24,10 +24,10 @@ from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.models import build_unet
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
-from ret_fl.proxy import ProxyTrainer
 from ret_fl.rounds import RoundSummary
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.trainer import ProxyTrainer
 from simulations.inline import InlineGrid, run_inline
 
 ROOT = Path(__file__).resolve().parent.parent

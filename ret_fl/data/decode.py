@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ret_fl.config import ConfigError, DataConfig
-from ret_fl.data.images import ImageSet
+from ret_fl.data.images import Captions, ImageSet
 from ret_fl.files import user_cache
 
 logger = logging.getLogger(__name__)
@@ -30,13 +30,17 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.D
 
 @dataclass(frozen=True)
 class Encoded:
-    """Images not yet decoded: `open(i)` gives the i-th (and raises if it cannot), `name(i)` what to call it."""
+    """Images not yet decoded: `open(i)` gives the i-th (and raises if it cannot), `name(i)` what to call it.
+
+    captions: those of each image, or None.
+    """
 
     count: int
     open: Callable[[int], Image.Image]
     name: Callable[[int], str]
     labels: np.ndarray | None
     num_classes: int
+    captions: Captions | None = None
 
 
 def cache_dir(config: DataConfig) -> Path:
@@ -78,7 +82,9 @@ def decode_cached(contents: object, find: Callable[[], Encoded], config: DataCon
         shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
         logger.warning("skipped %d unreadable images: %s (data.on-corrupt=refuse stops)", len(unreadable), shown)
     labels = None if notes["labels"] is None else np.array(notes["labels"], dtype=np.int64)
-    return ImageSet(np.load(images_path, mmap_mode="c"), labels, notes["num_classes"], "photo", unreadable)
+    captions = None if notes.get("captions") is None else tuple(tuple(own) for own in notes["captions"])
+    images = np.load(images_path, mmap_mode="c")
+    return ImageSet(images, labels, notes["num_classes"], "photo", unreadable, captions=captions)
 
 
 def _write_entry(encoded: Encoded, config: DataConfig, images_path: Path, notes_path: Path) -> None:
@@ -91,6 +97,7 @@ def _write_entry(encoded: Encoded, config: DataConfig, images_path: Path, notes_
             "unreadable": unreadable,
             "labels": None if encoded.labels is None else encoded.labels[kept].tolist(),
             "num_classes": encoded.num_classes,
+            "captions": None if encoded.captions is None else [encoded.captions[i] for i in kept],
         }
         scratch.write_text(json.dumps(notes), encoding="utf-8")
         scratch.replace(notes_path)

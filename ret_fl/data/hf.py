@@ -11,11 +11,11 @@ from PIL import Image
 
 from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.decode import Encoded, cache_dir, decode_cached, describe_files
-from ret_fl.data.images import ImageSet
+from ret_fl.data.images import Captions, ImageSet
 
 
 def load_hf(config: DataConfig) -> ImageSet:
-    """The images of data.path (split data.split), in row order, with the classes of data.label-column if it exists.
+    """The images of data.path (split data.split), in row order, with classes and captions if their columns exist.
 
     data.path is a folder written by `save_to_disk`, a parquet file, a folder or glob of parquet files, or the name of
     a dataset on the hub. A file or glob is taken whole, as the split asked for.
@@ -25,7 +25,7 @@ def load_hf(config: DataConfig) -> ImageSet:
     """
     if not config.path:
         raise ConfigError("data.source=hf needs data.path: a hub name, a save_to_disk folder or parquet files")
-    columns = [config.split, config.image_column, config.label_column]
+    columns = [config.split, config.image_column, config.label_column, config.caption_column]
     root, files = _local(config.path)
     if files:
         contents = ["hf", describe_files(files, root), columns]
@@ -107,7 +107,19 @@ def _encoded(dataset: Any, config: DataConfig) -> Encoded:
             raise ValueError("the row has no image")
         return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
 
-    return Encoded(len(rows), open_row, lambda i: f"row {i}", labels, num_classes)
+    return Encoded(len(rows), open_row, lambda i: f"row {i}", labels, num_classes, _captions(dataset, config))
+
+
+def _captions(dataset: Any, config: DataConfig) -> Captions | None:
+    if config.caption_column not in dataset.column_names:
+        return None
+    captions: list[tuple[str, ...]] = []
+    for i, cell in enumerate(dataset[config.caption_column]):
+        own = (cell,) if isinstance(cell, str) else cell
+        if not isinstance(own, list | tuple) or not own or not all(isinstance(text, str) for text in own):
+            raise ConfigError(f"data.caption-column: row {i} of {config.caption_column!r} has no caption, or list of them")
+        captions.append(tuple(own))
+    return tuple(captions)
 
 
 def _labels(dataset: Any, config: DataConfig) -> tuple[np.ndarray | None, int]:

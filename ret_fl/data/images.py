@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+Captions = tuple[tuple[str, ...], ...]
+"""The captions of each image, one at least."""
 Kind = Literal["glyph", "photo"]
 """What augmentation may do to the images: shapes on a ground, or pictures of the world."""
 
@@ -20,6 +22,7 @@ class ImageSet:
     labels: int64 [N] in [0, num_classes), or None (then num_classes is 0).
     unreadable: names of images that were skipped.
     outside: bool [N], True where an image may be held out or serve as reference but must not train; None: any may.
+    captions: of each image, or None.
     """
 
     images: np.ndarray
@@ -28,6 +31,7 @@ class ImageSet:
     kind: Kind
     unreadable: tuple[str, ...] = ()
     outside: np.ndarray | None = None
+    captions: Captions | None = None
 
 
 def resize(images: np.ndarray, side: int) -> np.ndarray:
