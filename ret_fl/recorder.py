@@ -82,7 +82,7 @@ class RunRecorder:
 
     def _checkpoint(self, round: int, weights: State) -> None:
         s = self.strategy
-        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards)
+        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards, s.frozen)
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
         s.ledger.save(self.run.ledger)
 

@@ -20,7 +20,7 @@ from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import check_pretrained_schedule
 from ret_fl.diffusion.proxymodel import open_model, trained_parameters
-from ret_fl.diffusion.text_to_image import require_captions
+from ret_fl.diffusion.text_to_image import frozen_part, require_captions
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
 from ret_fl.protocol import State, pack_state, unpack_state
@@ -63,6 +63,7 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     require_captions(config, data.train)
     if checkpoint:
         _refuse_other_data(checkpoint, data)
+        _refuse_other_model(checkpoint, config)
     _warn_of_duplicates(config, data)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
     roster.greet(grid)
@@ -111,6 +112,7 @@ def fresh_strategy(
         run_key=uuid.uuid4().hex,
         roster=roster,
         signer=_signer(config, data),
+        frozen=model.frozen,
     )
     return strategy, weights
 
@@ -121,6 +123,11 @@ def _refuse_other_data(checkpoint: Checkpoint, data: DataSplits) -> None:
             f"the run was made with data {checkpoint.fingerprint[:16]}, the same settings now give "
             f"{data.train.fingerprint[:16]}: the files behind data.path have changed"
         )
+
+
+def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    if checkpoint.frozen and checkpoint.frozen != frozen_part(config):
+        raise ConfigError("model.init-from: the folder holds other weights than those the run was begun with")
 
 
 def _resumed(
@@ -137,6 +144,7 @@ def _resumed(
         first_round=checkpoint.round,
         banks=checkpoint.shards,
         signer=_signer(config, data),
+        frozen=checkpoint.frozen,
     )
     return strategy, checkpoint.weights
 

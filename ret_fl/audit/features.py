@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,13 +44,15 @@ class LoadedModel:
     """A `FeatureModel` made of two steps on `device`.
 
     `prepare` takes float32 [n, 3, H, W] in [0, 1]; `embed` takes its result and gives [n, F], or a tuple that starts
-    with it.
+    with it. `text` gives features of captions, float32 [n, F] on the CPU, comparable with those of images; None: the
+    network knows no text.
     """
 
     name: str
     prepare: Callable[[Tensor], Tensor]
     embed: Callable[[Tensor], Any]
     device: torch.device
+    text: Callable[[Sequence[str]], Tensor] | None = None
 
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:
@@ -210,7 +212,32 @@ def _load_transformers(folder: Path, device: torch.device) -> LoadedModel:
     if not hasattr(network, "get_image_features") and network.main_input_name != "pixel_values":
         raise ValueError(f"{folder} is no image model: it takes {network.main_input_name}, not pixel_values")
     embed = _Embedding(network.float().eval().to(device), trained_pooler=not poolers)
-    return LoadedModel(folder.resolve().name, prepare, embed, device)
+    text = _text_features(folder, network, device) if hasattr(network, "get_text_features") else None
+    return LoadedModel(folder.resolve().name, prepare, embed, device, text)
+
+
+def _text_features(folder: Path, network: Any, device: torch.device) -> Callable[[Sequence[str]], Tensor] | None:
+    """How a network such as CLIP reads captions; None, with a warning, where the folder has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"no CLIP score by {folder}: its tokenizer cannot be opened ({error})", stacklevel=2)
+        return None
+    longest = network.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def features(captions: Sequence[str]) -> Tensor:
+        parts = []
+        for start in range(0, len(captions), BATCH):
+            batch = list(captions[start : start + BATCH])
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            output = network.get_text_features(**inputs.to(device))
+            parts.append((output if isinstance(output, Tensor) else output.pooler_output).float().cpu())
+        return torch.cat(parts)
+
+    return features
 
 
 @dataclass(frozen=True)

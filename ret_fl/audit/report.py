@@ -205,6 +205,7 @@ def _methods(audit: Audit, pictures: Pictures) -> list[Method]:
         "carlini": bool(own.carlini),
         "similarity": bool(audit.similarity),
         "fidelity": bool(audit.fidelity),
+        "clip": bool(audit.clip),
         "membership": leakage is not None and bool(leakage.membership),
         "exposure": leakage is not None and leakage.exposure is not None,
         "duplicates": leakage is not None and leakage.duplicates is not None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,11 @@ def require_captions(config: RunConfig, train: SampleStore) -> None:
         raise ConfigError("lora.rank: only a StableDiffusionPipeline in model.init-from gets adapters")
 
 
+def frozen_part(config: RunConfig) -> str:
+    """Fingerprint of what of the folder is not trained and does not travel; with LoRA the U-Net's weights, too."""
+    return fingerprint(Path(config.model.init_from), *FROZEN, *(["unet"] if config.lora.rank else []))
+
+
 class TextToImageModel:
     """The U-Net of the pipeline in `model.init-from`, and the losses of its latents.
 
@@ -68,9 +72,9 @@ class TextToImageModel:
         if config.lora.rank:
             self._add_adapters()
 
-    @cached_property
+    @property
     def frozen(self) -> str:
-        return fingerprint(self.folder, *FROZEN, *(["unet"] if self.config.lora.rank else []))
+        return frozen_part(self.config)
 
     def objective(self, device: torch.device, half: torch.dtype | None = None) -> LatentObjective:
         text = self.config.text
