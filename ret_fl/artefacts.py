@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from logging import ERROR, INFO
 from typing import Any
 
@@ -143,6 +144,8 @@ def _size(rows: list[dict[str, Any]], key: str) -> str:
 
 def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
     more = ["More images, from this folder: `ret-fl sample . --count 64 --out more.png`.", ""]
+    if is_text_to_image(config.model.init_from):
+        return _how_to_draw_from_text(config, data)
     if config.model.class_conditional:
         return [*more, "It draws all classes in turn; diffusers' own `DDPMPipeline` cannot pass class labels.", ""]
     folded = fold_factor(config.model, data.train.image_shape)
@@ -160,6 +163,34 @@ def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
         f'images = pipeline(batch_size=16, num_inference_steps={steps}, output_type="np").images',
         "images = torch.from_numpy(images).permute(0, 3, 1, 2)  # [16, C, H, W] in [0, 1]",
         *(unfold if folded > 1 else []),
+        "```",
+        "",
+    ]
+
+
+def _how_to_draw_from_text(config: RunConfig, data: DataSplits) -> list[str]:
+    prompt = data.train.captions[0][0] if data.train.captions else ""
+    if config.lora.rank:
+        side = data.train.image_shape[1]
+        opened = [
+            f"pipeline = StableDiffusionPipeline.from_pretrained({config.model.init_from!r})",
+            'pipeline.load_lora_weights("final", weight_name="pytorch_lora_weights.safetensors")',
+            f"image = pipeline({prompt!r}, height={side}, width={side}).images[0]",
+        ]
+    else:
+        opened = [
+            'pipeline = StableDiffusionPipeline.from_pretrained("final")',
+            f"image = pipeline({prompt!r}).images[0]",
+        ]
+    return [
+        f"More images, from this folder: `ret-fl sample . --prompt {shlex.quote(prompt)} --out more.png`.",
+        "",
+        "Without ret-fl, from this folder:",
+        "",
+        "```python",
+        "from diffusers import StableDiffusionPipeline",
+        "",
+        *opened,
         "```",
         "",
     ]

@@ -212,7 +212,7 @@ def _load_text_to_image(folder: Path, kind: type) -> diffusers.DiffusionPipeline
             pipeline_of(folder), local_files_only=True, low_cpu_mem_usage=False, **unchecked
         )
         if is_adapters(folder):
-            pipeline.load_lora_weights(folder, weight_name=LORA_FILE, local_files_only=True)
+            pipeline.unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, local_files_only=True)
             side = _read_json(folder / BASE_FILE)["image_size"] // pipeline.vae_scale_factor
             pipeline.unet.register_to_config(sample_size=side)
     pipeline.set_progress_bar_config(disable=True)
