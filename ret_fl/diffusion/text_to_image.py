@@ -32,6 +32,8 @@ def is_text_to_image(init_from: str) -> bool:
 
 def require_captions(config: RunConfig, train: SampleStore) -> None:
     """Raise `ConfigError` where model and data do not go together as text-to-image training."""
+    if config.model.init_from and not Path(config.model.init_from).is_dir():
+        raise ConfigError(f"model.init-from: {config.model.init_from} is no folder here: download the pipeline first")
     text = is_text_to_image(config.model.init_from)
     if text and train.captions is None:
         raise ConfigError(
