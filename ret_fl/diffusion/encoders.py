@@ -62,16 +62,18 @@ class Encoders:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        vae = AutoencoderKL.from_pretrained(
-            self.folder / "vae", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
-        )
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read: not from training's noise
+            vae = AutoencoderKL.from_pretrained(
+                self.folder / "vae", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            )
         return vae.requires_grad_(False).eval().to(self.device)
 
     @cached_property
     def text_encoder(self) -> Any:
-        encoder = _transformers().CLIPTextModel.from_pretrained(
-            self.folder / "text_encoder", use_safetensors=True, local_files_only=True
-        )
+        with torch.random.fork_rng(devices=[]):
+            encoder = _transformers().CLIPTextModel.from_pretrained(
+                self.folder / "text_encoder", use_safetensors=True, local_files_only=True
+            )
         return encoder.float().requires_grad_(False).eval().to(self.device)
 
     @cached_property
@@ -97,7 +99,7 @@ class Encoders:
     def posterior(self, images: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of images float32 [B, 3, H, W] in [-1, 1]: [B, 2, C, h, w]."""
         latents = self.vae.encode(images.to(self.device)).latent_dist
-        return torch.stack([latents.mean, latents.std], dim=1)
+        return torch.stack([latents.mean, latents.std], dim=1).contiguous()
 
     def tokens(self, captions: list[str]) -> Tensor:
         """int64 [B, length]: captions cut or padded to it."""

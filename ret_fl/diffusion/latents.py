@@ -82,7 +82,8 @@ class LatentObjective(Objective):
         else:
             posterior = self._posterior(captioned, ids)
         mean, deviation = posterior.unbind(1)
-        latents = mean + deviation * torch.randn_like(mean)
+        # contiguous, as what is read from disk is: noise is drawn in the order of memory
+        latents = mean + deviation * torch.randn_like(mean, memory_format=torch.contiguous_format)
         return self._scaled(latents), self._disturbed(self._embeddings(captioned, self._chosen(captioned, ids)))
 
     def fixed(self, store: Samples, ids: Tensor) -> tuple[Tensor, Tensor]:
