@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from captioned import captioned_folder, text_config, text_settings, training_set
-from conftest import PLAIN, fresh_weights, make_federation, make_trainer, opened_model, ret_fl, run_server
+from conftest import PLAIN, ROOT, fresh_weights, make_federation, make_trainer, opened_model, ret_fl, run_server
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from orders import make_order
 from outcomes import Outcome, assert_same_outcome, killed_at
@@ -24,9 +24,12 @@ from ret_fl.audit.folder import load_audit
 from ret_fl.auditing import own_drawing, training_prompts
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import ConfigError, RunConfig, Scalar
+from ret_fl.diffusion.encoders import fingerprint
 from ret_fl.diffusion.proxymodel import load_trained, trained_parameters
 from ret_fl.proxy import round_seed, train_proxy, visit_plan
 from ret_fl.recorder import ema_state
+from ret_fl.redistribution import is_due
+from ret_fl.settings import change_run, read_preset
 from ret_fl.strategy import FederationError
 
 transformers = pytest.importorskip("transformers")
@@ -261,6 +264,15 @@ def test_weights_that_are_pickles_are_not_read(tmp_path: Path) -> None:
         opened_model(RunConfig.from_flat(settings))
 
 
+def test_a_tokenizer_without_words_is_not_made_up(tmp_path: Path) -> None:
+    config = text_config(tmp_path)
+    for file in (tmp_path / "model" / "tokenizer").glob("*.json"):
+        file.unlink()
+    objective = opened_model(config).objective(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"tokenizer has no vocab\.json or tokenizer\.json"):
+        objective.prepare(training_set(config), torch.arange(2))
+
+
 def test_eight_bit_adam_needs_a_gpu(place: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -273,3 +285,78 @@ def test_a_model_without_a_scheduler_it_can_follow_is_refused(tmp_path: Path) ->
     captioned_folder(tmp_path / "images")
     with pytest.raises(ConfigError, match="predicts sample; only epsilon and v_prediction train"):
         opened_model(text_config(tmp_path))
+
+
+# --- augmentation and the switch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["next-visit", "two-pass-band"])
+def test_augmented_images_are_trained_on_and_the_run_resumes(place: Path, tmp_path: Path, mode: str) -> None:
+    """Threshold-aware augmentation is of images, so their latents are computed anew in the middle of a round."""
+    settings = {"agc.mem-ratio": 1.3, "agc.bins": 2, "agc.bias-correct": True, "local-steps": 6, "taa.mode": mode}
+    config = text_config(place, **settings)
+    whole = run_server(config, tmp_path / "whole")
+    killed_at(config, tmp_path / "killed", round=2, shard=1)
+    assert_same_outcome(Outcome.of(run_server(config, tmp_path / "killed", resume=True)), Outcome.of(whole))
+    plain = run_server(text_config(place, **settings | {"taa.mode": "off"}), tmp_path / "plain")
+    assert Outcome.of(whole).final != Outcome.of(plain).final
+    # what is still to be augmented at the end of a round is a batch at most
+    assert max(abs(a["images"] - b["images"]) for a, b in zip(whole.rows(), plain.rows(), strict=True)) <= 12
+
+
+def test_without_a_cache_a_run_resumes_and_writes_none(tmp_path: Path) -> None:
+    config = text_config(tmp_path, **{"text.cache": False, "local-steps": 2})
+    whole = run_server(config, tmp_path / "whole")
+    killed_at(config, tmp_path / "killed", round=2, shard=1)
+    assert_same_outcome(Outcome.of(run_server(config, tmp_path / "killed", resume=True)), Outcome.of(whole))
+    assert not (tmp_path / "cache" / "encodings").exists()
+
+
+def test_a_folder_elsewhere_may_be_named_on_resuming_but_not_another_model(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "here")
+    config = text_config(place, **{"model.init-from": str(tmp_path / "here"), "local-steps": 1})
+    killed_at(config, tmp_path / "run", round=2, shard=0)
+    moved = (tmp_path / "here").rename(tmp_path / "there")
+    change_run(tmp_path / "run", {"model.init-from": str(moved)})
+    vae = moved / "vae" / "config.json"
+    before = vae.read_text()
+    vae.write_text(before.replace('"scaling_factor": 0.18215', '"scaling_factor": 0.13025'))
+    fingerprint.cache_clear()
+    with pytest.raises(ConfigError, match="holds other weights than those the run was begun with"):
+        run_server(config, tmp_path / "run", resume=True)
+    vae.write_text(before)
+    fingerprint.cache_clear()
+    run_server(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "final" / "vae").is_dir()
+
+
+# --- the presets ------------------------------------------------------------------------------------------------
+
+PRESETS = {name: read_preset(ROOT / "simulations" / "presets" / f"{name}.toml") for name in
+           ("laion-10k-sd21", "laion-10k-sd21-central")}  # fmt: skip
+
+
+def test_the_presets_see_equally_many_images_and_one_data_set() -> None:
+    ours, central = (RunConfig.from_flat(preset) for preset in PRESETS.values())
+    seen = [c.shards * c.num_server_rounds * c.visits(10_000 // c.shards) for c in (ours, central)]
+    assert seen == [1_600_000, 1_600_000]
+    assert ours.data == central.data and ours.model == central.model and ours.samples == central.samples
+    assert ours.num_server_rounds // ours.aggregate_every == 25
+    assert [is_due(ours, round) for round in (1, 2, 3, 4)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_runs_on_a_small_stand_in_of_its_data(place: Path, tmp_path: Path, name: str) -> None:
+    """The same layout on disk, the same classes of networks, two phases, killed in the second and resumed."""
+    settings = text_settings(place)
+    small = {key: settings[key] for key in ("data.path", "data.cache-dir", "model.init-from", "diffusion.timesteps")}
+    small |= {"data.image-size": 16, "batch-size": 3, "local-steps": 2, "num-server-rounds": 2, "samples": 5,
+              "sample-steps": 1, "shards": min(2, int(PRESETS[name]["shards"])), "device": "cpu", "threads": 1,
+              "wait-seconds": 1}  # fmt: skip
+    config = RunConfig.from_flat(PRESETS[name] | small)
+    killed_at(config, tmp_path / "run", round=2, shard=0)
+    run = run_server(config, tmp_path / "run", resume=True)
+    assert [row["aggregated"] for row in run.rows()] == ([False, True] if "central" not in name else [True, True])
+    assert load_audit(run.path)[0].model.samples == 5
+    pipeline = StableDiffusionPipeline.from_pretrained(run.final)
+    assert pipeline("b green", num_inference_steps=1, output_type="np").images[0].shape == (16, 16, 3)

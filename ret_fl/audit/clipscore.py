@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ def clip_score(
 ) -> schema.ClipScore | None:
     """Mean cosine of images and their texts (Hessel et al. 2021, arXiv 2104.08718, without its factor and clipping).
 
-    None for a model that knows no text, and without prompts.
+    None for a model that knows no text, without prompts, and, with a warning, where its folder lacks a tokenizer.
 
     Args:
         generated: [G, C, H, W]; image i was drawn from prompt i modulo their number.
@@ -24,7 +25,11 @@ def clip_score(
     """
     if model.text is None or not prompts:
         return None
-    asked = model.text(prompts)
+    try:
+        asked = model.text(prompts)
+    except ValueError as error:
+        warnings.warn(f"no CLIP score: {error}", stacklevel=2)
+        return None
     own = F.cosine_similarity(model.features(generated), asked[[i % len(prompts) for i in range(len(generated))]])
     real = F.cosine_similarity(model.features(train), model.text(captions)) if captions is not None else None
     return schema.ClipScore(

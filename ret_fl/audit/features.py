@@ -44,8 +44,8 @@ class LoadedModel:
     """A `FeatureModel` made of two steps on `device`.
 
     `prepare` takes float32 [n, 3, H, W] in [0, 1]; `embed` takes its result and gives [n, F], or a tuple that starts
-    with it. `text` gives features of captions, float32 [n, F] on the CPU, comparable with those of images; None: the
-    network knows no text.
+    with it. `text` gives features of captions, float32 [n, F] on the CPU, comparable with those of images, or raises
+    `ValueError`; None: the network knows no text.
     """
 
     name: str
@@ -212,32 +212,35 @@ def _load_transformers(folder: Path, device: torch.device) -> LoadedModel:
     if not hasattr(network, "get_image_features") and network.main_input_name != "pixel_values":
         raise ValueError(f"{folder} is no image model: it takes {network.main_input_name}, not pixel_values")
     embed = _Embedding(network.float().eval().to(device), trained_pooler=not poolers)
-    text = _text_features(folder, network, device) if hasattr(network, "get_text_features") else None
+    text = _TextFeatures(folder, network, device) if hasattr(network, "get_text_features") else None
     return LoadedModel(folder.resolve().name, prepare, embed, device, text)
 
 
-def _text_features(folder: Path, network: Any, device: torch.device) -> Callable[[Sequence[str]], Tensor] | None:
-    """How a network such as CLIP reads captions; None, with a warning, where the folder has no tokenizer."""
-    from transformers import AutoTokenizer
+@dataclass(frozen=True)
+class _TextFeatures:
+    """Features of captions by a network such as CLIP; see `LoadedModel.text`."""
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        warnings.warn(f"no CLIP score by {folder}: its tokenizer cannot be opened ({error})", stacklevel=2)
-        return None
-    longest = network.config.text_config.max_position_embeddings
+    folder: Path
+    network: Any
+    device: torch.device
 
     @torch.no_grad()
-    def features(captions: Sequence[str]) -> Tensor:
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Raises `ValueError` where the folder has no tokenizer."""
+        from transformers import AutoTokenizer
+
+        # without these files transformers makes up a tokenizer that knows no words
+        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+            raise ValueError(f"{self.folder} has no tokenizer: copy all its files")
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        longest = self.network.config.text_config.max_position_embeddings
         parts = []
         for start in range(0, len(captions), BATCH):
             batch = list(captions[start : start + BATCH])
             inputs = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            output = network.get_text_features(**inputs.to(device))
+            output = self.network.get_text_features(**inputs.to(self.device))
             parts.append((output if isinstance(output, Tensor) else output.pooler_output).float().cpu())
         return torch.cat(parts)
-
-    return features
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,11 @@ class Encoders:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return _transformers().CLIPTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        folder = self.folder / "tokenizer"
+        # without these files transformers makes up a tokenizer that knows no words
+        if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise ConfigError(f"model.init-from: {folder} has no vocab.json or tokenizer.json: copy all its files")
+        return _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
     @property
     def length(self) -> int:
