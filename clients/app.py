@@ -100,8 +100,8 @@ def train(message: Message, context: Context) -> Message:
     trainer = _trainer(config, known)
     if trainer.model.frozen != order.frozen:
         raise WrongDataError(
-            f"the pretrained weights in {config.model.init_from} are not those of the server: copy the same folder here "
-            "(node config model-folder tells where it is)"
+            f"the pretrained weights in {config.model.init_from} are not those of the server: copy the same folder "
+            "here (node config model-folder tells where it is)"
         )
     samples = access.samples(order)
     files = ProxyFiles(Path(config.state_dir) if config.state_dir else user_cache("proxies"), order.run_key)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -156,7 +156,7 @@ def audit(
             raise ValueError(
                 "--data is missing: name the training images (no MODEL is a run of ret-fl, which knows them)"
             )
-        named = {"samples": samples, "seed": seed, "steps": steps, "guidance": guidance}
+        named: dict[str, Any] = {"samples": samples, "seed": seed, "steps": steps, "guidance": guidance}
         drawing = replace(
             own_drawing(models[0]) if alone else Drawing(),
             **{name: value for name, value in named.items() if value is not None},

@@ -154,8 +154,8 @@ def client_memory(config: RunConfig, model: ProxyModel, data: DataSplits) -> int
     """Bytes a client takes on its device: weights, EMA, gradients, two Adam moments, and what backward needs.
 
     The last is measured on one sample in float32 and multiplied by what goes through the U-Net at once, halved under
-    16 bits. Left out: the allocator's slack, workspaces of kernels, the framework itself (about 0.5 GB), the images, and
-    the encoders of a text-to-image model, which are gone while it trains.
+    16 bits. Left out: the allocator's slack, workspaces of kernels, the framework itself (about 0.5 GB), the images,
+    and the encoders of a text-to-image model, which are gone while it trains.
     """
     unet, objective = model.unet, model.objective(torch.device("cpu"))
     if config.model.gradient_checkpointing:

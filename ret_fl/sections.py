@@ -160,9 +160,7 @@ class LoraConfig(Section):
         description="Train low-rank adapters of this rank (LoRA) instead of the whole U-Net of a text-to-image model; "
         "only they travel. 0: the whole U-Net.",
     )
-    targets: str = Field(
-        "to_q,to_k,to_v,to_out.0", description="Layers that get adapters, by the end of their names."
-    )
+    targets: str = Field("to_q,to_k,to_v,to_out.0", description="Layers that get adapters, by the end of their names.")
 
 
 class DiffusionConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def half_precision(config: RunConfig, device: torch.device) -> torch.dtype | Non
     return torch.float16 if config.precision == "fp16" else None
 
 
-def state_of(raw: dict[str, Tensor], ema: dict[str, Tensor] | None) -> State:
+def state_of(raw: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None) -> State:
     """Raw and EMA weights as they travel: float32 copies on the CPU; without an EMA the raw ones are the result."""
     parts = {"raw.": raw} | ({"ema.": ema} if ema is not None else {})
     return {
@@ -90,7 +92,7 @@ class ProxyTrainer:
 
     def weights(self) -> State:
         """The raw and EMA weights as float32 arrays."""
-        return state_of(dict(self.parameters), self.ema)
+        return state_of(self.parameters, self.ema)
 
     def moments(self) -> Moments:
         state = self.optimizer.state

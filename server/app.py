@@ -102,7 +102,7 @@ def fresh_strategy(
         log(INFO, "shard sizes by speed: %s", sizes)
         dealt = config.model_copy(update={"partition": config.partition.model_copy(update={"sizes": sizes})})
     model = open_model(config, train.image_shape, train.num_classes)
-    start = dict(trained_parameters(model.unet))
+    start = trained_parameters(model.unet)
     weights = state_of(start, start if config.ema.decay else None)
     strategy = RedistributeEnsemble(
         ShardLedger.start(deal(dealt, data), config.shards),

@@ -129,7 +129,7 @@ def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
 
 def fresh_weights(config: RunConfig) -> State:
     """The weights a run of this config starts from."""
-    start = dict(trained_parameters(opened_model(config).unet))
+    start = trained_parameters(opened_model(config).unet)
     return state_of(start, start if config.ema.decay else None)
 
 

@@ -21,7 +21,12 @@ pytest.importorskip("transformers")
 
 
 def folder_config(path: Path, **more: object) -> DataConfig:
-    settings = {"source": "image-folder", "path": str(path), "reference": False, "cache_dir": str(path.parent / "cache")}
+    settings = {
+        "source": "image-folder",
+        "path": str(path),
+        "reference": False,
+        "cache_dir": str(path.parent / "cache"),
+    }
     return DataConfig.model_validate(settings | more)
 
 
@@ -102,7 +107,10 @@ def test_an_hf_column_holds_captions(tmp_path: Path, several: bool) -> None:
     images = [Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)) for i in range(4)]
     texts = [["a", "b"], ["c"], ["d", "e"], ["f"]] if several else ["a", "b", "c", "d"]
     features = datasets.Features(
-        {"image": datasets.Image(), "TEXT": datasets.List(datasets.Value("string")) if several else datasets.Value("string")}
+        {
+            "image": datasets.Image(),
+            "TEXT": datasets.List(datasets.Value("string")) if several else datasets.Value("string"),
+        }
     )
     datasets.Dataset.from_dict({"image": images, "TEXT": texts}, features).save_to_disk(tmp_path / "saved")
     found = load_images(hf_config(tmp_path / "saved", caption_column="TEXT"))

@@ -167,8 +167,10 @@ def test_changed_images_are_encoded_as_they_are(place: Path, counting: Counting)
     assert counting.since() == (2, 0)
     mirrored = SampleStore(255 - store.pixels(), captions=store.captions)
     torch.manual_seed(0)
-    expected, _ = opened_model(text_config(place, **{"text.cache": False})).objective(torch.device("cpu")).batch(
-        mirrored, torch.tensor([0, 1])
+    expected, _ = (
+        opened_model(text_config(place, **{"text.cache": False}))
+        .objective(torch.device("cpu"))
+        .batch(mirrored, torch.tensor([0, 1]))
     )
     torch.testing.assert_close(changed, expected, atol=1e-5, rtol=0)
     assert torch.equal(told, objective.batch(store, torch.tensor([0, 1]))[1])

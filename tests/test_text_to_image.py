@@ -73,7 +73,9 @@ def test_a_round_equals_a_plain_diffusers_training_loop(tmp_path: Path, predicti
     for step, ids in enumerate(np.split(plan, 3), start=1):
         images, _ = store.fetch(torch.from_numpy(ids))
         captions = [store.captions[i][0] for i in ids]
-        tokens = tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+        ).input_ids
         with torch.no_grad():
             z = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
             told = text_encoder(tokens)[0]
@@ -212,7 +214,9 @@ def test_prompts_are_the_same_for_every_run_on_the_data_and_drawn_with_replaceme
 
 def test_adapters_whose_pipeline_is_gone_are_told(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "base")
-    config = text_config(place, **LORA, **{"num-server-rounds": 1, "local-steps": 1, "model.init-from": str(tmp_path / "base")})
+    config = text_config(
+        place, **LORA, **{"num-server-rounds": 1, "local-steps": 1, "model.init-from": str(tmp_path / "base")}
+    )
     run = run_server(config, tmp_path / "run")
     assert own_drawing(run.path).prompts
     shutil.rmtree(tmp_path / "base")

@@ -23,7 +23,7 @@ GATED: dict[str, Scalar] = ALL_T | {"agc.mem-ratio": 1.05, "agc.max-rescale": 1.
 @pytest.mark.parametrize("changes", [PLAIN, GATED, taa("two-pass-band"), taa("two-pass-all"), taa("next-visit")])
 @pytest.mark.parametrize("size", [1, 3])
 def test_micro_batches_change_memory_and_not_the_result(tiny: Tiny, changes: dict[str, Scalar], size: int) -> None:
-    """Gate, bank, log and step see the batch as one. Adam's first moments are the gradients; clipping would hide them."""
+    """Gate, bank, log and step see the batch as one. Adam's first moments are gradients; clipping would hide them."""
     unclipped = {"optimizer.grad-clip": 0.0, "optimizer.lr": 1e-4}
     config, parted = tiny(changes, unclipped), tiny(changes, unclipped, {"micro-batch": size})
     whole, parts = (train(c, make_order(c, bank=0.9)) for c in (config, parted))

@@ -117,7 +117,9 @@ def _captions(dataset: Any, config: DataConfig) -> Captions | None:
     for i, cell in enumerate(dataset[config.caption_column]):
         own = (cell,) if isinstance(cell, str) else cell
         if not isinstance(own, list | tuple) or not own or not all(isinstance(text, str) for text in own):
-            raise ConfigError(f"data.caption-column: row {i} of {config.caption_column!r} has no caption, or list of them")
+            raise ConfigError(
+                f"data.caption-column: row {i} of {config.caption_column!r} has no caption, or list of them"
+            )
         captions.append(tuple(own))
     return tuple(captions)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, ModelMixin
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ret_fl.config import ConfigError
 from ret_fl.data.store import Samples, SampleStore
@@ -94,13 +94,15 @@ class LatentObjective(Objective):
 
     def imagined(self, count: int, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         latents = torch.randn(count, *self.encoders.latent_shape(image_shape), device=self.device)
-        return self.formatted(latents), torch.randn(count, self.encoders.length, self.encoders.width, device=self.device)
+        return self.formatted(latents), torch.randn(
+            count, self.encoders.length, self.encoders.width, device=self.device
+        )
 
     def fixed_noise(self, seed: int, count: int, image_shape: tuple[int, int, int]) -> Tensor:
         shape = self.encoders.latent_shape(image_shape)
         return self.formatted(start_noise(seed, 0, count, shape).to(self.device))
 
-    def _called(self, unet: nn.Module, x_t: Tensor, t: Tensor, embeddings: Tensor | None) -> Tensor:
+    def _called(self, unet: ModelMixin, x_t: Tensor, t: Tensor, embeddings: Tensor | None) -> Tensor:
         return unet(x_t, t, encoder_hidden_states=embeddings, return_dict=False)[0]
 
     def _scaled(self, latents: Tensor) -> Tensor:

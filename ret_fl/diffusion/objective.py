@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from diffusers import DDPMScheduler, ModelMixin
+from torch import Tensor
 
 from ret_fl.config import DiffusionConfig
 from ret_fl.data.store import Samples
@@ -82,7 +82,7 @@ class Objective:
         steps = self.scheduler.config.num_train_timesteps
         return torch.randint(steps, (len(x0),), device=x0.device), torch.randn_like(x0)
 
-    def losses(self, unet: nn.Module, x0: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
+    def losses(self, unet: ModelMixin, x0: Tensor, t: Tensor, noise: Tensor, condition: Tensor | None) -> Tensor:
         """Mean squared error of the prediction over each sample's values: float32 [B].
 
         x0, noise: float32; t: int64 [B]; condition: as `batch` gives it.
@@ -92,12 +92,12 @@ class Objective:
         target = self.scheduler.get_velocity(x0, noise, t) if v else noise
         return (self.predicted(unet, x_t, t, condition) - target).square().flatten(1).mean(dim=1)
 
-    def predicted(self, unet: nn.Module, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def predicted(self, unet: ModelMixin, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """What the U-Net makes of x_t, float32 of its shape; arguments as in `losses`."""
         with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
             return self._called(unet, x_t, t, condition).float()
 
-    def _called(self, unet: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def _called(self, unet: ModelMixin, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """labels: int64 [B], told to a class-conditional U-Net only."""
         told = labels if labels is not None and unet.config.num_class_embeds else None
         return unet(x_t, t, class_labels=told, return_dict=False)[0]

@@ -23,13 +23,15 @@ from ret_fl.diffusion.text_to_image import TextToImageModel, is_text_to_image
 class ProxyModel(Protocol):
     """unet: on the CPU, in float32; those of its parameters that need gradients are trained, travel and are averaged.
 
-    scheduler: the noise schedule it is trained under. frozen: fingerprint of pretrained weights that do not travel, so
-    that every machine must have the same; '' for none.
+    scheduler: the noise schedule it is trained under.
     """
 
     unet: ModelMixin
     scheduler: DDPMScheduler
-    frozen: str
+
+    @property
+    def frozen(self) -> str:
+        """Fingerprint of pretrained weights that do not travel, which every machine must have alike; '' for none."""
 
     def objective(self, device: torch.device, half: torch.dtype | None = None) -> Objective:
         """The losses it is trained by."""

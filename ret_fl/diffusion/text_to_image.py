@@ -1,4 +1,4 @@
-"""Fine-tuning a StableDiffusionPipeline folder (SD 1.x, 2.x): its U-Net is trained, whole or by LoRA, the rest frozen."""
+"""Fine-tuning a StableDiffusionPipeline folder (SD 1.x, 2.x): the U-Net is trained, whole or by LoRA, all else frozen."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def require_captions(config: RunConfig, train: SampleStore) -> None:
     text = is_text_to_image(config.model.init_from)
     if text and train.captions is None:
         raise ConfigError(
-            f"model.init-from: {config.model.init_from} draws from text, and the data has no captions: put captions.json "
-            "into the image folder (data.captions), or name the column of an hf dataset in data.caption-column"
+            f"model.init-from: {config.model.init_from} draws from text, and the data has no captions: put "
+            "captions.json into the image folder (data.captions), or name the column of an hf dataset in "
+            "data.caption-column"
         )
     if text and config.service.address:
         raise ConfigError("service.address: a sample service serves no captions, give each node the data itself")
@@ -100,7 +101,9 @@ class TextToImageModel:
         scheduler = DDPMScheduler.from_config(read_config(self.folder, "scheduler"))
         predicts, steps = scheduler.config.prediction_type, scheduler.config.num_train_timesteps
         if predicts not in ("epsilon", "v_prediction"):
-            raise ConfigError(f"model.init-from: {self.folder} predicts {predicts}; only epsilon and v_prediction train")
+            raise ConfigError(
+                f"model.init-from: {self.folder} predicts {predicts}; only epsilon and v_prediction train"
+            )
         if steps != self.config.diffusion.timesteps:
             raise ConfigError(f"model.init-from: {self.folder} has {steps} timesteps: set diffusion.timesteps={steps}")
         return scheduler
