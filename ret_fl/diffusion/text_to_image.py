@@ -1,4 +1,4 @@
-"""Fine-tuning a StableDiffusionPipeline folder (SD 1.x, 2.x): the U-Net is trained, whole or by LoRA, all else frozen."""
+"""Fine-tuning of a StableDiffusionPipeline folder (SD 1.x, 2.x): its U-Net, whole or by LoRA; all else is frozen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.decode import cache_dir
@@ -148,6 +148,7 @@ class TextToImageModel:
                 raise ConfigError(f"lora.targets={settings.targets!r}: {error}") from error
 
     def _save_adapters(self, folder: Path) -> None:
+        from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
