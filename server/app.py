@@ -30,7 +30,7 @@ from ret_fl.rundir import RunDir
 from ret_fl.samples.grants import Signer
 from ret_fl.samples.records import Description, hash_samples
 from ret_fl.strategy import RedistributeEnsemble
-from ret_fl.trainer import state_of
+from ret_fl.trainer import part_of, state_of
 
 app = ServerApp()
 
@@ -146,7 +146,9 @@ def _resumed(
         signer=_signer(config, data),
         frozen=checkpoint.frozen,
     )
-    return strategy, checkpoint.weights
+    # an EMA may have been turned on or off since
+    ema = part_of(checkpoint.weights, "ema.") if config.ema.decay else None
+    return strategy, state_of(part_of(checkpoint.weights, "raw."), ema)
 
 
 def _signer(config: RunConfig, data: DataSplits) -> Signer | None:

@@ -14,7 +14,7 @@ import torch
 from captioned import captioned_folder, text_config, text_settings, training_set
 from conftest import PLAIN, ROOT, fresh_weights, make_federation, make_trainer, opened_model, ret_fl, run_server
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from orders import make_order
+from orders import differ, make_order
 from outcomes import Outcome, assert_same_outcome, killed_at
 from safetensors.torch import load_file
 from tiny_pipelines import text_pipeline
@@ -30,6 +30,7 @@ from ret_fl.proxy import round_seed, train_proxy, visit_plan
 from ret_fl.recorder import ema_state
 from ret_fl.redistribution import is_due
 from ret_fl.settings import change_run, read_preset
+from ret_fl.speed import images_per_second
 from ret_fl.strategy import FederationError
 
 transformers = pytest.importorskip("transformers")
@@ -179,6 +180,14 @@ def test_the_adapters_in_the_result_are_the_averaged_ones(place: Path, tmp_path:
     torch.testing.assert_close(adapted, ours, atol=1e-5, rtol=1e-4)
     summary = run.summary.read_text()
     assert "load_lora_weights" in summary and "pytorch_lora_weights.safetensors" in summary
+
+
+def test_a_node_measures_its_speed_for_a_text_to_image_model(place: Path) -> None:
+    config = text_config(place, **{"micro-batch": 2})
+    before = fresh_weights(config)
+    trainer = make_trainer(config)
+    assert images_per_second(trainer, (3, 16, 16)) > 0
+    assert differ(trainer.weights(), before)
 
 
 # --- what a run leaves can be audited and drawn from ------------------------------------------------------------

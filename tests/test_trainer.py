@@ -11,9 +11,12 @@ import torch
 from conftest import PLAIN, TINY, fresh_weights, make_federation, make_trainer, run_server
 from federations import furthest
 from orders import ALL_T, assert_equal_moments, differ, make_order, taa, train
+from outcomes import killed_at
 
+from ret_fl.checkpoint import load_latest
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.proxystate import Moments, ProxyFiles, ProxyState
+from ret_fl.settings import change_run
 from ret_fl.trainer import part_of
 
 Tiny = Callable[..., RunConfig]
@@ -83,6 +86,19 @@ def test_without_an_ema_only_raw_weights_travel_and_are_the_result(tiny: Tiny, t
     assert all(torch.equal(result[name.removeprefix("raw.")], torch.from_numpy(value)) for name, value in raw.items())
     run = run_server(RunConfig.from_flat(TINY | PLAIN | {"ema.decay": 0.0, "evaluate-every": 1}), tmp_path / "run")
     assert run.final.is_dir() and run.rows()[-1]["train_loss"] > 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.9), (0.9, 0.0)])
+def test_an_ema_may_be_turned_on_or_off_when_a_run_goes_on(
+    tiny: Tiny, tmp_path: Path, before: float, after: float
+) -> None:
+    config = tiny(PLAIN, {"ema.decay": before})
+    killed_at(config, tmp_path / "run", round=2, shard=1)
+    change_run(tmp_path / "run", {"ema.decay": after})
+    run_server(config, tmp_path / "run", resume=True)
+    newest = load_latest(tmp_path / "run" / "checkpoints")
+    assert newest.round == 2
+    assert {name.partition(".")[0] for name in newest.weights} == ({"raw", "ema"} if after else {"raw"})
 
 
 def test_eight_bit_moments_survive_their_file(tmp_path: Path) -> None:

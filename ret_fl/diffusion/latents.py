@@ -68,7 +68,7 @@ class LatentObjective(Objective):
         captioned = self._captioned(store)
         self._fill_latents(captioned, ids)
         if not self._rewrites:
-            self._fill_embeddings(captioned, np.unique(np.concatenate([captioned.rows[i] for i in ids.tolist()])))
+            self._fill_embeddings(captioned, np.concatenate([self._readable(captioned, i) for i in ids.tolist()]))
         self.encoders.release()
 
     def batch(self, store: Samples, ids: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor]:
@@ -125,11 +125,15 @@ class LatentObjective(Objective):
 
     # captions
 
+    def _readable(self, captioned: Captioned, i: int) -> NDArray[np.int64]:
+        """The rows in `texts` of the captions that sample i may be read by."""
+        return captioned.rows[i][:1] if self.text.captions == "first" else captioned.rows[i]
+
     def _chosen(self, captioned: Captioned, ids: Tensor) -> NDArray[np.int64]:
         """The row in `texts` of the caption that each sample is read by this time."""
-        options = [captioned.rows[i] for i in ids.tolist()]
+        options = [self._readable(captioned, i) for i in ids.tolist()]
         if self.text.captions == "first":
-            return np.array([rows[0] for rows in options])
+            return np.concatenate(options)
         draw = torch.rand(len(options)).tolist()
         return np.array([rows[int(u * len(rows))] for u, rows in zip(draw, options, strict=True)])
 
