@@ -21,11 +21,12 @@ from ret_fl.devices import resolve_device
 from ret_fl.events import as_text
 from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
-from ret_fl.proxy import ProxyTrainer, train_proxy
+from ret_fl.proxy import train_proxy
 from ret_fl.proxystate import ProxyFiles
 from ret_fl.samples.access import open_access
 from ret_fl.samples.records import Description
 from ret_fl.speed import images_per_second
+from ret_fl.trainer import ProxyTrainer
 
 app = ClientApp()
 
@@ -34,6 +35,7 @@ NODE_SETTINGS = {
     "data-path": "data.path",
     "held-out-path": "data.held-out-path",
     "cache-dir": "data.cache-dir",
+    "model-folder": "model.init-from",
     "sample-service": "service.address",
     "sample-ca": "service.ca",
     "sample-certificate": "service.certificate",
@@ -48,7 +50,7 @@ NODE_SETTINGS = {
 
 
 class WrongDataError(ValueError):
-    """This node's data is not the data the order is about."""
+    """This node's data, or pretrained model, is not the one the order is about."""
 
 
 def _on_this_node(config: RunConfig, context: Context) -> RunConfig:
@@ -96,12 +98,18 @@ def train(message: Message, context: Context) -> Message:
             f"the order is about data {order.fingerprint[:16]}, this node has {known.fingerprint[:16]}: check "
             "data.source, data.path and the files here, or those of its sample service"
         )
+    trainer = _trainer(config, known)
+    if trainer.model.frozen != order.frozen:
+        raise WrongDataError(
+            f"the pretrained weights in {config.model.init_from} are not those of the server: copy the same folder "
+            "here (node config model-folder tells where it is)"
+        )
     samples = access.samples(order)
     files = ProxyFiles(Path(config.state_dir) if config.state_dir else user_cache("proxies"), order.run_key)
     state = files.load(order.shard, order.proxy_round)
     where = {"run": context.run_id, "round": order.round, "shard": order.shard, "node": context.node_id}
     log(INFO, "%s", as_text("order begun", where | {"samples": len(order.ids)}))
-    trained = train_proxy(_trainer(config, known), order, weights, samples, known.kind, state)
+    trained = train_proxy(trainer, order, weights, samples, known.kind, state)
     if config.optimizer.carry_moments or not order.upload:
         files.save(order.shard, order.round, trained.state, keep=config.keep_checkpoints)
     told = trained.report

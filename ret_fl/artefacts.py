@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from logging import ERROR, INFO
 from typing import Any
 
@@ -21,9 +22,9 @@ from ret_fl.auditing import Drawing, data_of, draw, measure
 from ret_fl.config import RunConfig, describe
 from ret_fl.data.sources import DataSplits
 from ret_fl.devices import resolve_device
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import make_scheduler
-from ret_fl.diffusion.sampling import save_pipeline
+from ret_fl.diffusion.models import fold_factor
+from ret_fl.diffusion.proxymodel import load_trained, open_model
+from ret_fl.diffusion.text_to_image import is_text_to_image
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State
 from ret_fl.recorder import ema_state
@@ -32,10 +33,9 @@ from ret_fl.rundir import RunDir
 
 def finish(run: RunDir, config: RunConfig, data: DataSplits, weights: State, ledger: ShardLedger) -> None:
     """Write final/, samples.npy, the pictures, the audit and summary.md into the run's folder."""
-    store = data.train
-    unet = build_unet(config.model, store.image_shape, store.num_classes, config.seed)
-    unet.load_state_dict(ema_state(weights))
-    save_pipeline(run.final, unet, make_scheduler(config.diffusion), fold_factor(config.model, store.image_shape))
+    model = open_model(config, data.train.image_shape, data.train.num_classes)
+    load_trained(model.unet, ema_state(weights))
+    model.save(run.final)
     rows = run.rows()
     pictures.save_curves(rows, run.path / "curves.png")
     for old in (run.samples, run.path / "samples.png", run.path / "copies.png", run.audit / NUMBERS, run.audit / PAGE):
@@ -144,6 +144,8 @@ def _size(rows: list[dict[str, Any]], key: str) -> str:
 
 def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
     more = ["More images, from this folder: `ret-fl sample . --count 64 --out more.png`.", ""]
+    if is_text_to_image(config.model.init_from):
+        return _how_to_draw_from_text(config, data)
     folded = fold_factor(config.model, data.train.image_shape)
     steps = min(100, config.diffusion.timesteps)
     unfold = [f"images = torch.nn.functional.pixel_shuffle(images, {folded})  # the U-Net works on folded pixels"]
@@ -182,6 +184,34 @@ def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
         f'images = pipeline(batch_size=16, num_inference_steps={steps}, output_type="np").images',
         "images = torch.from_numpy(images).permute(0, 3, 1, 2)  # [16, C, H, W] in [0, 1]",
         *(unfold if folded > 1 else []),
+        "```",
+        "",
+    ]
+
+
+def _how_to_draw_from_text(config: RunConfig, data: DataSplits) -> list[str]:
+    prompt = data.train.captions[0][0] if data.train.captions else ""
+    if config.lora.rank:
+        side = data.train.image_shape[1]
+        opened = [
+            f"pipeline = StableDiffusionPipeline.from_pretrained({config.model.init_from!r})",
+            'pipeline.load_lora_weights("final", weight_name="pytorch_lora_weights.safetensors")',
+            f"image = pipeline({prompt!r}, height={side}, width={side}).images[0]",
+        ]
+    else:
+        opened = [
+            'pipeline = StableDiffusionPipeline.from_pretrained("final")',
+            f"image = pipeline({prompt!r}).images[0]",
+        ]
+    return [
+        f"More images, from this folder: `ret-fl sample . --prompt {shlex.quote(prompt)} --out more.png`.",
+        "",
+        "Without ret-fl, from this folder:",
+        "",
+        "```python",
+        "from diffusers import StableDiffusionPipeline",
+        "",
+        *opened,
         "```",
         "",
     ]

@@ -27,6 +27,7 @@ from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.dataspec import builtin_splits, is_builtin, require_named, source_of
 from ret_fl.diffusion.sampling import image_shape
+from ret_fl.diffusion.text_to_image import is_text_to_image as is_stable_diffusion
 from ret_fl.rundir import RunDir
 
 SAMPLES = "samples"
@@ -34,6 +35,9 @@ SAMPLES = "samples"
 HELD_OUT = 0.2
 """Share of the reference that is held out at least, where nothing else is. Without a floor no copy rate can be read; a
 reference smaller than the training set raises both alike."""
+
+PROMPT_SEED = 42
+"""Of the choice of training captions as prompts."""
 
 Drawn = Callable[[int, int], None]
 
@@ -53,7 +57,29 @@ class Drawing:
     @classmethod
     def at_end(cls, config: RunConfig) -> Drawing:
         """As a run draws when it ends; one that drew nothing has the default number of samples."""
-        return cls(samples=config.samples or cls.samples, seed=config.seed, steps=config.sample_steps)
+        samples = config.samples or cls.samples
+        prompts = training_prompts(config, samples)
+        guidance = config.text.guidance if prompts else cls.guidance
+        return cls(samples, config.seed, config.sample_steps, prompts, guidance)
+
+
+def training_prompts(config: RunConfig, count: int) -> tuple[str, ...]:
+    """Captions of training images drawn with replacement, the same for all runs on the same data; () for other models.
+
+    So are those of Somepalli et al. 2023 and of the paper, which draw 4,000.
+    """
+    if not is_stable_diffusion(config.model.init_from):
+        return ()
+    captions = load_splits(config.data).train.captions
+    if captions is None:
+        raise ConfigError("data.captions: the run's images have lost their captions, which are its prompts")
+    chosen = np.random.default_rng(PROMPT_SEED).integers(len(captions), size=count)
+    return tuple(captions[i][0] for i in chosen)
+
+
+def prompts_of(data: str, count: int) -> tuple[str, ...]:
+    """As `training_prompts`, where `data` is the folder of a run."""
+    return training_prompts(RunDir.existing(data).read_config(), count) if is_run(Path(data)) else ()
 
 
 def own_drawing(model: Path) -> Drawing:
@@ -297,6 +323,7 @@ def _store(spec: str | Path, drawing: Drawing, *, trained: bool) -> SampleStore:
             "path": str(spec),
             "image_size": drawing.image_size,
             "channels": drawing.channels,
+            "captions": "",
         }
     )
     try:

@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything the server needs to go on after `round`."""
+    """Everything the server needs to go on after `round`. frozen: as in `TrainOrder`."""
 
     round: int
     run_key: str
@@ -42,6 +42,7 @@ class Checkpoint:
     weights: State
     ledger: ShardLedger
     shards: list[ShardState]
+    frozen: str = ""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -82,7 +83,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         visits=np.stack([s.bank_visits for s in checkpoint.shards]),
         proxy_round=np.array([s.proxy_round for s in checkpoint.shards]),
     )
-    state = {"round": checkpoint.round, "run_key": checkpoint.run_key, "fingerprint": checkpoint.fingerprint}
+    state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen")}
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for file in folder.iterdir():
         sync(file)
@@ -133,4 +134,5 @@ def _load(path: Path) -> Checkpoint:
         weights=load_file(path / "weights.safetensors"),
         ledger=ShardLedger.load(path / "ledger.npz"),
         shards=shards,
+        frozen=state.get("frozen", ""),
     )

@@ -35,6 +35,8 @@ app = typer.Typer(
     help="Train image diffusion models that do not copy their training data (Redistribute Ensemble Training).",
     epilog="Start with: ret-fl run --preset simulations/presets/digits.toml",
 )
+DRAWN = 64
+"""Images drawn at once."""
 
 
 @app.command()
@@ -181,10 +183,16 @@ def presets(app_folder: AppOption = Path()) -> None:
 
 @app.command()
 def sample(
-    model: Annotated[Path, typer.Argument(help="A run's folder, or any unconditional diffusers pipeline folder.")],
+    model: Annotated[
+        Path, typer.Argument(help="A run's folder, or a diffusers pipeline folder: unconditional or text-to-image.")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="For text-to-image. Repeatable, used in turn.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0, help="For text-to-image: scale of the guidance.")] = 7.5,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="DDIM steps.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
     label: Annotated[
         int | None,
         typer.Option(min=0, help="Class-conditional: this class only. [default: all in turn]", show_default=False),
@@ -198,35 +206,33 @@ def sample(
     """Draw images from a trained model."""
     from rich.progress import Progress
 
+    from ret_fl.audit.pipelines import is_text_to_image, locate, pixel_sampler, text_sampler
+    from ret_fl.audit.shelf import draw_missing
     from ret_fl.config import ConfigError
     from ret_fl.devices import limit_threads, resolve_device
-    from ret_fl.diffusion.sampling import draw_images, load_pipeline
     from ret_fl.pictures import save_images
 
     limit_threads(threads)
-    folder = model / "final" if (model / "final").is_dir() else model
-    try:
-        unet, scheduler, fold = load_pipeline(folder)
-    except (OSError, ValueError) as error:
-        raise stop(f"{folder} holds no model that ret-fl can draw from: {error}") from None
     try:
         place = resolve_device(device)
     except ConfigError as error:
         raise stop(error) from None
     try:
+        kind, folder = locate(model)
+        if kind == "images":
+            raise ValueError("it holds images")
+        if not is_text_to_image(folder):
+            draw, _ = pixel_sampler(folder, seed, steps, place, label)
+        elif label is None:
+            draw, _ = text_sampler(folder, prompt or (), guidance, seed, steps, place)
+        else:
+            raise stop("--label: a text-to-image model has no classes, give it a --prompt")
+    except (OSError, ValueError) as error:
+        raise stop(f"{model} holds no model that ret-fl can draw from: {error}") from None
+    try:
         with Progress() as progress:
             task = progress.add_task("drawing", total=count)
-            images = draw_images(
-                unet,
-                scheduler,
-                count,
-                seed=seed,
-                steps=steps,
-                fold=fold,
-                label=label,
-                device=place,
-                on_progress=lambda done: progress.update(task, completed=done),
-            )
+            images = draw_missing(draw, count, DRAWN, None, lambda done, _: progress.update(task, completed=done))
     except ValueError as error:
         raise stop(f"--label: {error}") from None
     save_images(images, out)

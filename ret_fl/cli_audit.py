@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -64,15 +64,26 @@ def audit(
         typer.Option(min=1, help="Denoising steps. [default: a run's own number; else 50]", show_default=False),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="For text-to-image: one prompt a line, used in turn.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For text-to-image: one prompt a line, used in turn. [default: captions of --data, if it is a run's, "
+            "drawn at random]",
+            show_default=False,
+        ),
     ] = None,
-    guidance: Annotated[float, typer.Option(min=0, help="For text-to-image: scale of the guidance.")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="For text-to-image: scale of the guidance. [default: a run's own; else 7.5]", show_default=False
+        ),
+    ] = None,
     features: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODEL",
             help="Image model for similarity and quality: a transformers folder (CLIP, DINOv2), a TorchScript file "
-            "(SSCD), or 'inception'. Repeatable.",
+            "(SSCD), or 'inception'. Repeatable. CLIP also scores how samples fit their prompts.",
         ),
     ] = None,
     baseline: Annotated[
@@ -128,6 +139,7 @@ def audit(
         is_run,
         open_data,
         own_drawing,
+        prompts_of,
     )
     from ret_fl.comparison import checkpoint_models, compare
     from ret_fl.dataspec import told_split
@@ -144,12 +156,14 @@ def audit(
             raise ValueError(
                 "--data is missing: name the training images (no MODEL is a run of ret-fl, which knows them)"
             )
-        named = {"samples": samples, "seed": seed, "steps": steps}
+        named: dict[str, Any] = {"samples": samples, "seed": seed, "steps": steps, "guidance": guidance}
         drawing = replace(
             own_drawing(models[0]) if alone else Drawing(),
             **{name: value for name, value in named.items() if value is not None},
-            prompts=_prompts(prompts), guidance=guidance, image_size=image_size, channels=channels.value,
+            image_size=image_size, channels=channels.value,
         )  # fmt: skip
+        asked = _prompts(prompts) if prompts else prompts_of(source, drawing.samples)
+        drawing = replace(drawing, prompts=asked)
         options = Options(
             threshold=threshold, members=members, seed=drawing.seed, device=resolve_device(device), memory_mb=memory_mb
         )
@@ -241,8 +255,8 @@ def _warn(text: str) -> None:
     typer.secho(f"warning: {text}", fg=typer.colors.YELLOW, err=True)
 
 
-def _prompts(path: Path | None) -> tuple[str, ...]:
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip()) if path else ()
+def _prompts(path: Path) -> tuple[str, ...]:
+    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
 
 
 @contextmanager

@@ -67,10 +67,12 @@ def check_data(settings: dict[str, Scalar]) -> None:
     from ret_fl.config import RunConfig
     from ret_fl.data.sources import deal, load_splits
     from ret_fl.devices import resolve_device
+    from ret_fl.diffusion.text_to_image import require_captions
 
     config = RunConfig.from_flat(settings)
     resolve_device(config.device)
     data = load_splits(config.data)
+    require_captions(config, data.train)
     deal(config, data)
     typer.echo(data.describe())
     load_splits.cache_clear()  # training has the memory to itself

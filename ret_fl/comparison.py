@@ -17,9 +17,7 @@ from ret_fl.auditing import Drawing, Drawn, check_before_drawing, draw, is_run, 
 from ret_fl.checkpoint import checkpoints
 from ret_fl.config import ConfigError
 from ret_fl.data.sources import load_splits
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import make_scheduler
-from ret_fl.diffusion.sampling import save_pipeline
+from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.recorder import ema_state
 from ret_fl.rundir import RunDir
 
@@ -125,9 +123,9 @@ def _save_checkpoints(run: RunDir, folder: Path) -> list[Path]:
     models = []
     for number, weights in checkpoints(run.checkpoints):
         if number:
-            unet = build_unet(config.model, data.image_shape, data.num_classes, config.seed)
-            unet.load_state_dict(ema_state(weights))
+            model = open_model(config, data.image_shape, data.num_classes)
+            load_trained(model.unet, ema_state(weights))
             path = folder / f"{run.path.name}, round {number}"
-            save_pipeline(path, unet, make_scheduler(config.diffusion), fold_factor(config.model, data.image_shape))
+            model.save(path)
             models.append(path)
     return models

@@ -22,6 +22,7 @@ from ret_fl.sections import (
     DataConfig,
     DiffusionConfig,
     EmaConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PartitionConfig,
@@ -30,6 +31,7 @@ from ret_fl.sections import (
     Section,
     ServiceConfig,
     TaaConfig,
+    TextConfig,
     dashed,
 )
 
@@ -51,7 +53,16 @@ class RunConfig(Section):
     num_server_rounds: int = Field(20, ge=1, description="R. A round is one phase of local training on every shard.")
     shards: int = Field(4, ge=1, description="K, the number of proxies; each trains on its own shard.")
     local_epochs: int = Field(10, ge=1, description="E, passes of a proxy over its shard in one round.")
+    local_steps: int = Field(
+        0, ge=0, description="Training steps of a proxy in one round, in place of local-epochs; 0: local-epochs counts."
+    )
     batch_size: int = Field(32, ge=1, description="B, images a training step.")
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="Images that go through the U-Net at once: a step adds up the gradients of several such parts of "
+        "its batch. It changes memory and time, not the result. 0: the whole batch.",
+    )
     aggregate_every: int = Field(
         1, ge=1, description="Average the proxies every n-th round; 2 is the paper's swap between aggregations."
     )
@@ -85,7 +96,9 @@ class RunConfig(Section):
     device: str = Field(
         "auto", description="Device of the proxies: auto, cpu, cuda, mps. In simulation Flower picks each one's GPU."
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where a GPU has it.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 autocast where a GPU has it. fp16 is for older GPUs; it scales the loss."
+    )
     compile: bool = Field(False, description="torch.compile the U-Net: about a minute once, then faster steps.")
     threads: int = Field(
         0, ge=0, description="CPU threads of server and clients; 0: one on the server, what the engine gives a client."
@@ -98,6 +111,8 @@ class RunConfig(Section):
     service: ServiceConfig = ServiceConfig.model_construct()
     partition: PartitionConfig = PartitionConfig.model_construct()
     model: ModelConfig = ModelConfig.model_construct()
+    text: TextConfig = TextConfig.model_construct()
+    lora: LoraConfig = LoraConfig.model_construct()
     diffusion: DiffusionConfig = DiffusionConfig.model_construct()
     optimizer: OptimizerConfig = OptimizerConfig.model_construct()
     ema: EmaConfig = EmaConfig.model_construct()
@@ -126,6 +141,8 @@ class RunConfig(Section):
             raise ValueError("service.insecure speaks without TLS: unset it, or service.ca and service.key")
         if self.partition.path and self.partition.scheme != "file":
             raise ValueError("partition.path is set but not read: set partition.scheme=file")
+        if self.lora.rank and not self.model.init_from:
+            raise ValueError("lora.rank adapts a pretrained text-to-image model: name its folder in model.init-from")
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
         if self.agc.warm_passes and self.agc.mode != "agc":
@@ -139,6 +156,10 @@ class RunConfig(Section):
                 f"(got {self.agc.mode})"
             )
         return self
+
+    def visits(self, samples: int) -> int:
+        """Images a proxy trains on in one round, on a shard of so many samples."""
+        return self.local_steps * self.batch_size or self.local_epochs * samples
 
     @classmethod
     def from_flat(cls, settings: Mapping[str, Scalar]) -> RunConfig:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from diffusers import UNet2DModel
 from packaging.requirements import Requirement
 
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import resolve_device
-from ret_fl.diffusion.models import build_unet, fold_factor
+from ret_fl.diffusion.proxymodel import ProxyModel, open_model, trained_parameters
+from ret_fl.diffusion.text_to_image import require_captions
 from ret_fl.files import user_cache
 
 FLOAT = 4
@@ -70,12 +70,15 @@ def examine_machine(config: RunConfig, fingerprint: str = "") -> list[Finding]:
     if data is None:
         return findings
     try:
-        unet = build_unet(config.model, data.train.image_shape, data.train.num_classes, config.seed)
+        require_captions(config, data.train)
+        model = open_model(config, data.train.image_shape, data.train.num_classes)
     except ConfigError as error:
         return [*findings, Finding.failure("model", error, "change the setting it names")]
-    parameters = sum(p.numel() for p in unet.parameters())
-    findings.append(Finding.ok("model", f"{config.model.preset}, {parameters:,} parameters"))
-    findings.append(check_client_memory(config, client_memory(config, unet, data)))
+    trained = trained_parameters(model.unet)
+    parameters = sum(p.numel() for p in trained.values())
+    name = config.model.init_from or config.model.preset
+    findings.append(Finding.ok("model", f"{name}, {parameters:,} parameters trained"))
+    findings.append(check_client_memory(config, client_memory(config, model, data)))
     findings.append(check_server_memory(3 * config.shards * 2 * parameters * FLOAT))
     findings.append(check_disk("disk, results", Path(config.out or "runs"), checkpoint_bytes(config, parameters)))
     state = Path(config.state_dir) if config.state_dir else user_cache("proxies")
@@ -147,17 +150,19 @@ def check_data(config: RunConfig, fingerprint: str = "") -> tuple[Finding, DataS
     return Finding.ok("data", found), data
 
 
-def client_memory(config: RunConfig, unet: UNet2DModel, data: DataSplits) -> int:
+def client_memory(config: RunConfig, model: ProxyModel, data: DataSplits) -> int:
     """Bytes a client takes on its device: weights, EMA, gradients, two Adam moments, and what backward needs.
 
-    The last is measured on one image in float32 and multiplied by the batch, halved under bf16. Left out: the
-    allocator's slack, workspaces of kernels, the framework itself (about 0.5 GB), and the images.
+    The last is measured on one sample in float32 and multiplied by what goes through the U-Net at once, halved under
+    16 bits. Left out: the allocator's slack, workspaces of kernels, the framework itself (about 0.5 GB), the images,
+    and the encoders of a text-to-image model, which are gone while it trains.
     """
-    parameters = sum(p.numel() for p in unet.parameters())
-    channels, side, _ = data.train.image_shape
-    fold = fold_factor(config.model, data.train.image_shape)
-    image = torch.zeros(1, channels * fold**2, side // fold, side // fold)
-    labels = torch.zeros(1, dtype=torch.long) if config.model.class_conditional else None
+    unet, objective = model.unet, model.objective(torch.device("cpu"))
+    if config.model.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    x0, condition = objective.imagined(1, data.train.image_shape)
+    t, noise = objective.draw(x0)
     weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     kept: dict[int, int] = {}
 
@@ -169,12 +174,15 @@ def client_memory(config: RunConfig, unet: UNet2DModel, data: DataSplits) -> int
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         # the graph must live as long as its tensors are counted, or addresses are used again
-        output = unet(image, torch.zeros(1, dtype=torch.long), class_labels=labels).sample
-    activations = sum(kept.values()) * config.batch_size
+        output = objective.losses(unet, x0, t, noise, condition)
+    activations = sum(kept.values()) * (config.micro_batch or config.batch_size)
     del output
     device = resolve_device("auto") if config.device == "auto" else torch.device(config.device)
-    halved = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return 5 * parameters * FLOAT + activations // (2 if halved else 1)
+    halved = config.precision in ("bf16", "fp16") or (config.precision == "auto" and device.type == "cuda")
+    trained = sum(p.numel() for p in trained_parameters(unet).values())
+    moments = 2 if config.optimizer.kind == "adamw-8bit" else 2 * FLOAT
+    each = FLOAT + moments + (FLOAT if config.ema.decay else 0)  # gradient, moments, EMA
+    return FLOAT * sum(p.numel() for p in unet.parameters()) + each * trained + activations // (2 if halved else 1)
 
 
 def check_client_memory(config: RunConfig, needed: int) -> Finding:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
-from ret_fl.diffusion.sampling import start_noise
 
 Progress = Callable[[int], None]
 
@@ -30,17 +29,16 @@ def timestep_grid(num_train_timesteps: int, count: int, below: int | None = None
     return grid
 
 
-def folded_batches(
-    unet: UNet2DModel,
+def fixed_batches(
     objective: Objective,
     store: SampleStore,
     ids: Tensor,
     batch_size: int,
     on_progress: Progress | None = None,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Folded images and labels of `ids` (int64 [n]), a batch at a time, as `Objective.losses` takes them.
+    """x0 and condition of `ids` (int64 [n]), a batch at a time, as `Objective.losses` takes them.
 
-    Labels are None unless the U-Net is class-conditional. `on_progress` is told how many images are done.
+    `on_progress` is told how many images are done.
 
     Raises:
         ValueError: no ids, or batch_size < 1.
@@ -50,8 +48,7 @@ def folded_batches(
         raise ValueError(f"need at least one id and batch_size >= 1, got {len(ids)} ids and batch_size {batch_size}")
     done = 0
     for part in ids.split(batch_size):
-        images, labels = store.fetch(part, objective.device)
-        yield objective.folded(images), labels if unet.config.num_class_embeds else None
+        yield objective.fixed(store, part)
         done += len(part)
         if on_progress:
             on_progress(done)
@@ -59,7 +56,7 @@ def folded_batches(
 
 @torch.no_grad()
 def loss_grid(
-    unet: UNet2DModel,
+    unet: ModelMixin,
     objective: Objective,
     store: SampleStore,
     ids: Tensor,
@@ -90,11 +87,11 @@ def loss_grid(
     device = objective.device
     unet = unet.to(device).eval()
     grid = timestep_grid(objective.scheduler.config.num_train_timesteps, timesteps, below)
-    noise = objective.folded(start_noise(seed, 0, len(grid) * noises, store.image_shape).to(device))
+    noise = objective.fixed_noise(seed, len(grid) * noises, store.image_shape)
     out = []
-    for x0, labels in folded_batches(unet, objective, store, ids, batch_size, on_progress):
+    for x0, condition in fixed_batches(objective, store, ids, batch_size, on_progress):
         losses = [
-            objective.losses(unet, x0, torch.full((len(x0),), int(t), device=device), one.expand_as(x0), labels)
+            objective.losses(unet, x0, torch.full((len(x0),), int(t), device=device), one.expand_as(x0), condition)
             for t, one in zip(grid.repeat_interleave(noises), noise, strict=True)
         ]
         out.append(torch.stack(losses, dim=1).unflatten(1, (len(grid), noises)).mean(dim=2).cpu())
@@ -102,7 +99,7 @@ def loss_grid(
 
 
 def fixed_losses(
-    unet: UNet2DModel,
+    unet: ModelMixin,
     objective: Objective,
     store: SampleStore,
     ids: Tensor,

@@ -71,6 +71,7 @@ class TrainOrder:
     proxy_round: the round whose local proxy (weights, moments) the client should go on from, 0 for none.
     start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own.
     upload: whether the reply carries weights.
+    frozen: fingerprint of pretrained weights that do not travel and must be the same on every node; '' for none.
     expires (seconds since 1970) and signature: the server's word to a sample service that this order may read its ids;
     description: what it has to know of the dataset (ret_fl/samples/records.py, as JSON); hashes: uint8 [n, 16], of each
     sample, so that the service need not be trusted. Without a signing key these are empty.
@@ -90,6 +91,7 @@ class TrainOrder:
     log_ratio: Floats
     bank_values: Floats
     bank_visits: Ids
+    frozen: str = ""
     expires: int = 0
     signature: bytes = b""
     description: str = ""
@@ -98,7 +100,7 @@ class TrainOrder:
     _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits", "hashes")
     _SCALARS = (
         *("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload"),
-        *("expires", "signature", "description"),
+        *("frozen", "expires", "signature", "description"),
     )
 
     def pack(self, weights: ArrayRecord) -> RecordDict:

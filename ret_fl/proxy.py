@@ -10,26 +10,26 @@ for each batch of the shard:
 
 from __future__ import annotations
 
-import copy
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ret_fl.config import RunConfig
 from ret_fl.data.store import Samples
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.diffusion.objective import Change
 from ret_fl.mitigation import taa
-from ret_fl.mitigation.agc import Gate, LossBank, gated_mean, make_gate
+from ret_fl.mitigation.agc import Gate, LossBank, gate_divisor, gated_mean, make_gate
 from ret_fl.mitigation.losslog import LossLog, LossSummary
 from ret_fl.packing import State
 from ret_fl.protocol import TrainOrder, TrainReport
-from ret_fl.proxystate import Moments, ProxyState
+from ret_fl.proxystate import ProxyState
+from ret_fl.trainer import ProxyTrainer
 
 
 class ProxyDivergedError(RuntimeError):
@@ -75,100 +75,22 @@ def learning_rate(config: RunConfig, round: int) -> float:
     return settings.lr * (1 + math.cos(math.pi * (round - 1) / config.num_server_rounds)) / 2
 
 
-class ProxyTrainer:
-    """A U-Net, its EMA and its optimizer on one device, used again for every order of a run."""
+@dataclass(frozen=True)
+class Draw:
+    """Samples with their timesteps and noise, as `Objective.losses` takes them; all on the device."""
 
-    def __init__(
-        self, config: RunConfig, image_shape: tuple[int, int, int], num_classes: int, device: torch.device
-    ) -> None:
-        self.config = config
-        self.device = device
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and native)
-        fold = fold_factor(config.model, image_shape)
-        self.objective = Objective(make_scheduler(config.diffusion), device, fold=fold, bf16=bf16)
-        unet = build_unet(config.model, image_shape, num_classes, config.seed).to(device)
-        self.unet = unet.to(memory_format=torch.channels_last) if self.objective.channels_last else unet
-        self.forward: nn.Module = torch.compile(self.unet) if config.compile else self.unet  # type: ignore[assignment]
-        self.ema = copy.deepcopy(self.unet).requires_grad_(False)
-        self.parameter_pairs = list(self.ema.parameters()), [p.detach() for p in self.unet.parameters()]
-        fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(
-            self.unet.parameters(),
-            lr=config.optimizer.lr,
-            weight_decay=config.optimizer.weight_decay,
-            fused=fused,
-        )
-        self.step_count = 0
-        self.rate = config.optimizer.lr
+    x0: Tensor
+    condition: Tensor | None
+    t: Tensor
+    noise: Tensor
 
-    @torch.no_grad()
-    def _update_ema(self, took_step: Tensor) -> None:
-        # not torch's AveragedModel: its counter on the CPU costs a wait for the GPU at every step. The weight is a
-        # tensor, so that a skipped batch leaves the EMA alone without asking the GPU either
-        ema, current = self.parameter_pairs
-        weight = (1 - self.config.ema.decay) * took_step
-        difference = torch._foreach_sub(current, ema)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(ema, difference)
-
-    def load(self, weights: State, moments: Moments | None) -> None:
-        """Take over weights ('raw.*' and 'ema.*') and Adam's moments; without moments the warm-up starts anew."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): torch.from_numpy(v) for k, v in weights.items() if k.startswith(prefix)}
-
-        self.unet.load_state_dict(part("raw."))
-        self.ema.load_state_dict(part("ema."))
-        self.optimizer.state.clear()
-        self.step_count = moments.step if moments else 0
-        if moments:
-            # as the parameter lies in memory: fused AdamW pairs up elements by address, whatever the strides say
-            for name, parameter in self.unet.named_parameters():
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(moments.updates), device=self.device),
-                    "exp_avg": torch.empty_like(parameter).copy_(moments.first[name]).detach(),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(moments.second[name]).detach(),
-                }
-
-    def weights(self) -> State:
-        """The raw and EMA weights as float32 arrays."""
-        parts = {"raw.": self.unet, "ema.": self.ema}
-        return {
-            # a copy: on the CPU the tensor is the model itself, which trains on
-            prefix + name: value.detach().cpu().contiguous().numpy().copy()
-            for prefix, module in parts.items()
-            for name, value in module.state_dict().items()
-        }
-
-    def moments(self) -> Moments:
-        state = self.optimizer.state
-        named = [(name, state[p]) for name, p in self.unet.named_parameters() if p in state]
-        return Moments(
-            step=self.step_count,
-            updates=int(named[0][1]["step"]) if named else 0,
-            first={name: s["exp_avg"].cpu() for name, s in named},
-            second={name: s["exp_avg_sq"].cpu() for name, s in named},
-        )
-
-    def step(self, loss: Tensor, any_kept: Tensor) -> None:
-        """Backward, clip, AdamW, EMA. Where nothing was kept (bool scalar) weights, moments and EMA stay."""
-        settings = self.config.optimizer
-        self.step_count += 1
-        warm = min(1.0, self.step_count / settings.warmup_steps) if settings.warmup_steps else 1.0
-        self.optimizer.param_groups[0]["lr"] = self.rate * warm
-        took_step = any_kept.float()
-        loss.backward()
-        if settings.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.unet.parameters(), settings.grad_clip)
-        if self.optimizer.defaults["fused"]:
-            # the hook GradScaler uses: the fused kernel itself passes over the step, without a host sync
-            self.optimizer.found_inf = 1 - took_step  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif any_kept:
-            self.optimizer.step()
-        self._update_ema(took_step)
-        self.optimizer.zero_grad()
+    def parts(self, size: int) -> Iterator[tuple[slice, Draw]]:
+        """Consecutive parts of at most `size` samples, and where each is; 0: the whole in one."""
+        count = len(self.t)
+        for start in range(0, count, size or count):
+            where = slice(start, min(start + (size or count), count))
+            condition = None if self.condition is None else self.condition[where]
+            yield where, Draw(self.x0[where], condition, self.t[where], self.noise[where])
 
 
 class Round:
@@ -191,18 +113,45 @@ class Round:
         self.queue = taa.AugmentQueue(self.config.batch_size)
         self.images = 0
 
-    def _losses(self, position: Tensor, strength: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Per-sample losses at fresh noise, of the images augmented where a strength is given: loss [B], t [B]."""
-        x, labels = self.store.fetch(self.ids[position], self.trainer.device)
-        if self.config.data.flip:
-            x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
-        if strength is not None:
-            x = self.augment(x, strength)
+    def _change(self, strength: Tensor | None) -> Change | None:
+        """What happens to drawn images, if anything: mirrored by chance, augmented where a strength is given."""
+        flip = self.config.data.flip
+        if strength is None and not flip:
+            return None
+
+        def change(images: Tensor) -> Tensor:
+            if flip:
+                chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+                images = torch.where(chosen, images.flip(-1), images)
+            return images if strength is None else self.augment(images, strength)
+
+        return change
+
+    def _draw(self, position: Tensor, strength: Tensor | None) -> Draw:
+        """Samples (int64 [B] positions) at fresh noise, their images augmented where a strength is given."""
         objective = self.trainer.objective
-        x = objective.folded(x)
-        t, noise = objective.draw(x)
-        labels = labels if self.config.model.class_conditional else None
-        return objective.losses(self.trainer.forward, x, t, noise, labels), t
+        x0, condition = objective.batch(self.store, self.ids[position], self._change(strength))
+        return Draw(x0, condition, *objective.draw(x0))
+
+    def _losses(self, draw: Draw) -> Tensor:
+        """float32 [B], one a sample."""
+        return self.trainer.objective.losses(self.trainer.forward, draw.x0, draw.t, draw.noise, draw.condition)
+
+    def _train(self, draw: Draw, choose: Callable[[Tensor, slice], Tensor], max_rescale: float = 0.0) -> None:
+        """A step on the gated mean of the losses that `choose` (losses, where they are in the draw) keeps: bool [n].
+
+        micro-batch parts one after the other give the gradients of their sums; the number kept is known after the last.
+        """
+        whole = not self.config.micro_batch or len(draw.t) <= self.config.micro_batch
+        chosen = []
+        for where, part in draw.parts(self.config.micro_batch):
+            loss = self._losses(part)
+            trained = choose(loss.detach(), where)
+            self.trainer.backward(gated_mean(loss, trained, max_rescale) if whole else (loss * trained).sum())
+            chosen.append(trained)
+        every = torch.cat(chosen)
+        self.trainer.step(every.any(), None if whole else gate_divisor(every, max_rescale))
+        self.images += len(every)
 
     @torch.no_grad()
     def warm_bank(self, rng: np.random.Generator) -> None:
@@ -213,37 +162,42 @@ class Round:
         count = len(self.order.ids)
         for _ in range(self.config.agc.warm_passes):
             for position in np.array_split(rng.permutation(count), -(-count // self.config.batch_size)):
-                loss, t = self._losses(torch.from_numpy(position), None)
-                self.bank.update(t, loss)
+                draw = self._draw(torch.from_numpy(position), None)
+                self.bank.update(draw.t, self._losses(draw))
 
     def batch(self, position: Tensor) -> None:
         """Train on one batch: int64 [B] positions in the shard, on the CPU."""
         where = position.to(self.trainer.device, non_blocking=True)
         mode, config = self.config.taa.mode, self.config
-        with torch.set_grad_enabled(mode != "two-pass-all"):
-            loss, t = self._losses(position, self.strength[where] if mode == "next-visit" else None)
-        seen = loss.detach()
-        keep = self.gate(seen, t, where)
-        ratio = None
-        if mode != "off":
-            ratio = taa.threshold_ratio(seen, self.bank.value(t), config.agc.mem_ratio)
-            # where AGC does not look, no loss is near its threshold
-            ratio = ratio.masked_fill(t >= config.agc.t_max, torch.inf)
-        self.log.record(where, t, seen, keep)
-        self.bank.update(t, seen)
-        if ratio is None or mode == "next-visit":
-            trained = keep
-        elif mode == "two-pass-band":
-            trained = keep & (ratio >= config.taa.bar)
-        else:
-            trained = torch.zeros_like(keep)
-        if mode != "two-pass-all":
-            self.trainer.step(gated_mean(loss, trained, config.agc.max_rescale), trained.any())
-            self.images += len(position)
-        if ratio is not None:
-            self._augment_later(position, where, ratio, keep, trained)
+        draw = self._draw(position, self.strength[where] if mode == "next-visit" else None)
+        seen = torch.empty(len(position), device=self.trainer.device)
+        keep = torch.empty_like(seen, dtype=torch.bool)
 
-    def _augment_later(self, position: Tensor, where: Tensor, ratio: Tensor, keep: Tensor, trained: Tensor) -> None:
+        def choose(loss: Tensor, part: slice) -> Tensor:
+            """Let the gate look at losses, and say which are trained on now."""
+            seen[part], keep[part] = loss, self.gate(loss, draw.t[part], where[part])
+            return keep[part] & (self._ratio(loss, draw.t[part]) >= config.taa.bar) if band else keep[part]
+
+        band = mode == "two-pass-band"
+        if mode == "two-pass-all":
+            with torch.no_grad():
+                for part, samples in draw.parts(config.micro_batch):
+                    choose(self._losses(samples), part)
+        else:
+            self._train(draw, choose, config.agc.max_rescale)
+        ratio = self._ratio(seen, draw.t) if mode != "off" else None
+        self.log.record(where, draw.t, seen, keep)
+        self.bank.update(draw.t, seen)
+        if ratio is not None:
+            self._augment_later(position, where, ratio, keep & (ratio < config.taa.bar) if band else keep)
+
+    def _ratio(self, loss: Tensor, t: Tensor) -> Tensor:
+        """Of each loss to its threshold: float [B]. Where AGC does not look, no loss is near its threshold."""
+        ratio = taa.threshold_ratio(loss, self.bank.value(t), self.config.agc.mem_ratio)
+        return ratio.masked_fill(t >= self.config.agc.t_max, torch.inf)
+
+    def _augment_later(self, position: Tensor, where: Tensor, ratio: Tensor, kept_back: Tensor) -> None:
+        """kept_back: bool [B], for the two-pass modes, samples still to be trained on."""
         strength = taa.strength(ratio, self.config.taa.kappa)
         if self.config.taa.mode == "next-visit":
             momentum = self.config.taa.momentum
@@ -251,7 +205,7 @@ class Round:
             # a sample twice in one batch keeps one of its two new strengths, either is fine
             self.strength[where] = torch.where(ratio.isinf(), self.strength[where], blended)
             return
-        waits = (keep & ~trained).cpu()
+        waits = kept_back.cpu()
         self.queue.push(position[waits], strength.cpu()[waits])
         self.train_waiting()
 
@@ -264,9 +218,8 @@ class Round:
         for position, strength in self.queue.batches(flush=flush):
             if 2 * len(position) < self.config.batch_size and self.images:
                 continue
-            loss, _ = self._losses(position, strength.to(device))
-            self.trainer.step(loss.mean(), torch.ones((), dtype=torch.bool, device=device))
-            self.images += len(position)
+            draw = self._draw(position, strength.to(device))
+            self._train(draw, lambda loss, part: torch.ones_like(loss, dtype=torch.bool))
 
 
 def train_proxy(
@@ -289,9 +242,10 @@ def train_proxy(
     trainer.load(state.weights if own and state and state.weights else weights, carried)
     trainer.rate = learning_rate(config, order.round)
     trainer.unet.train()
+    trainer.objective.prepare(store, torch.from_numpy(order.ids))
     seed = round_seed(config.seed, order.round, order.shard)
     rng = np.random.default_rng(seed)
-    plan = visit_plan(order.probability, config.local_epochs * len(order.ids), rng)
+    plan = visit_plan(order.probability, config.visits(len(order.ids)), rng)
     steps = -(-len(plan) // config.batch_size)
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -7,8 +7,10 @@ keyed by run, shard and round, so a resumed run finds exactly the state of the r
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,15 +21,55 @@ from ret_fl.packing import State
 
 log = logging.getLogger(__name__)
 
+NAMES, EIGHT_BIT_NAMES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
+"""What torch and bitsandbytes call the moments."""
+
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's state: updates taken, first and second moments by parameter name; step: batches seen (for warm-up)."""
+    """AdamW's state: updates taken, first and second moments by parameter name; step: batches seen (for warm-up).
+
+    scales: by parameter name, what 8-bit AdamW needs beside its moments to read them; None for AdamW in float32.
+    """
 
     step: int
     updates: int
     first: dict[str, Tensor]
     second: dict[str, Tensor]
+    scales: dict[str, dict[str, Tensor]] | None = None
+
+    @classmethod
+    def gathered(cls, step: int, state: Mapping[str, Mapping[str, Any]]) -> Moments:
+        """From an optimizer's state by parameter name: torch's, or that of bitsandbytes."""
+        one = next(iter(state.values()), None)
+        first, second = EIGHT_BIT_NAMES if one and EIGHT_BIT_NAMES[0] in one else NAMES
+        eight_bit = first == EIGHT_BIT_NAMES[0]
+
+        def others(own: Mapping[str, Any]) -> dict[str, Tensor]:
+            return {key: value.cpu() for key, value in own.items() if key not in (first, second, "step")}
+
+        return cls(
+            step=step,
+            updates=int(one["step"]) if one else 0,
+            first={name: own[first].cpu() for name, own in state.items()},
+            second={name: own[second].cpu() for name, own in state.items()},
+            scales={name: others(own) for name, own in state.items()} if eight_bit else None,
+        )
+
+    def of(self, name: str, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's state for one parameter, on its device."""
+        device = parameter.device
+
+        def placed(moment: Tensor) -> Tensor:
+            # as the parameter lies in memory: kernels pair up elements by address, whatever the strides say
+            return torch.empty_like(parameter, dtype=moment.dtype).copy_(moment).detach()
+
+        moments = placed(self.first[name]), placed(self.second[name])
+        if self.scales is None:
+            updates = torch.tensor(float(self.updates), device=device)
+            return {"step": updates, **dict(zip(NAMES, moments, strict=True))}
+        others = {key: value.to(device) for key, value in self.scales.get(name, {}).items()}
+        return {"step": self.updates, **dict(zip(EIGHT_BIT_NAMES, moments, strict=True)), **others}
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,7 @@ class ProxyFiles:
             updates=updates,
             first=part("first."),
             second=part("second."),
+            scales=_nested(part("scales.")) if meta.get("eight-bit") else None,
         )
         weights = {k: v.numpy() for k, v in part("weights.").items()}
         return ProxyState(moments, weights or None)
@@ -82,10 +125,22 @@ class ProxyFiles:
         moments = state.moments
         tensors = {f"first.{k}": v.contiguous() for k, v in moments.first.items()}
         tensors |= {f"second.{k}": v.contiguous() for k, v in moments.second.items()}
+        for name, own in (moments.scales or {}).items():
+            tensors |= {f"scales.{name}/{key}": value.contiguous() for key, value in own.items()}
         tensors |= {f"weights.{k}": torch.from_numpy(v) for k, v in (state.weights or {}).items()}
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"step": str(moments.step), "updates": str(moments.updates)})
+        meta = {"step": str(moments.step), "updates": str(moments.updates)}
+        save_file(tensors, temporary, metadata=meta | ({"eight-bit": "yes"} if moments.scales is not None else {}))
         temporary.replace(path)
         for old in path.parent.glob("round-*.safetensors"):
             if int(old.stem.removeprefix("round-")) < round - keep:
                 old.unlink(missing_ok=True)
+
+
+def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """'<parameter>/<key>' -> {parameter: {key: value}}."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for path, value in flat.items():
+        name, _, key = path.rpartition("/")
+        nested.setdefault(name, {})[key] = value
+    return nested

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import cached_property
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from flwr.app import ArrayRecord, MetricRecord
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,13 +22,14 @@ from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits
 from ret_fl.data.store import SampleStore
 from ret_fl.devices import resolve_device
-from ret_fl.diffusion.models import build_unet, fold_factor
-from ret_fl.diffusion.objective import Objective, make_scheduler
+from ret_fl.diffusion.objective import Objective
+from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
 from ret_fl.packing import State, unpack_state
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.trainer import part_of
 
 EVALUATED = 512
 """Images of each split whose loss is measured during training."""
@@ -34,7 +37,7 @@ EVALUATED = 512
 
 def ema_state(weights: State) -> dict[str, torch.Tensor]:
     """The averaged weights, which are the model a run hands over."""
-    return {k.removeprefix("ema."): torch.from_numpy(v) for k, v in weights.items() if k.startswith("ema.")}
+    return part_of(weights, "ema.")
 
 
 class RunRecorder:
@@ -42,11 +45,6 @@ class RunRecorder:
 
     def __init__(self, run: RunDir, config: RunConfig, strategy: RedistributeEnsemble, data: DataSplits) -> None:
         self.run, self.config, self.strategy, self.data = run, config, strategy, data
-        self.device = resolve_device(config.device)
-        shape, classes = data.train.image_shape, data.train.num_classes
-        self.unet = build_unet(config.model, shape, classes, config.seed).to(self.device)
-        fold = fold_factor(config.model, shape)
-        self.objective = Objective(make_scheduler(config.diffusion), self.device, fold=fold)
         # the last average before this run was taken up again: what an uninterrupted one would remember
         self.evaluated = strategy.first_round - strategy.first_round % config.aggregate_every
         self._forget_rounds_after(strategy.first_round)
@@ -84,7 +82,7 @@ class RunRecorder:
 
     def _checkpoint(self, round: int, weights: State) -> None:
         s = self.strategy
-        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards)
+        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards, s.frozen)
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
         s.ledger.save(self.run.ledger)
 
@@ -93,13 +91,21 @@ class RunRecorder:
         every = self.config.evaluate_every
         return bool(every) and (round - round % every > self.evaluated or round == self.config.num_server_rounds)
 
+    @cached_property
+    def _measured(self) -> tuple[ModelMixin, Objective]:
+        """A model to measure losses with; a run that measures none needs no memory for it."""
+        device = resolve_device(self.config.device)
+        model = open_model(self.config, self.data.train.image_shape, self.data.train.num_classes)
+        return model.unet.to(device), model.objective(device)
+
     def _losses(self, weights: State) -> dict[str, object]:
-        self.unet.load_state_dict(ema_state(weights))
+        unet, objective = self._measured
+        load_trained(unet, ema_state(weights))
         losses: dict[str, object] = {}
         for name, store in (("train_loss", self.data.train), ("held_out_loss", self.data.held_out)):
             if len(store):
                 ids = _spread(store)
-                losses[name] = float(fixed_losses(self.unet, self.objective, store, ids).mean())
+                losses[name] = float(fixed_losses(unet, objective, store, ids).mean())
         return losses
 
     def close(self) -> None:

@@ -73,7 +73,17 @@ class DataConfig(Section):
     held_out_split: str = Field("test", description="Which split data.held-out-path is read from.")
     image_column: str = Field("image", description="Column of an hf dataset that holds the image.")
     label_column: str = Field("label", description="Column of an hf dataset that holds the class, if it is there.")
-    cache_dir: str = Field("", description="Where decoded image sets are kept; empty: ret-fl in the user's cache.")
+    captions: str = Field(
+        "captions.json",
+        description="File in an image folder that gives each image a caption or a list of them, by its path; without "
+        "it there are none.",
+    )
+    caption_column: str = Field(
+        "caption", description="Column of an hf dataset that holds a caption or a list of them, if it is there."
+    )
+    cache_dir: str = Field(
+        "", description="Where decoded image sets and encodings of them are kept; empty: ret-fl in the user's cache."
+    )
 
 
 class ServiceConfig(Section):
@@ -132,8 +142,41 @@ class ModelConfig(Section):
     init_from: str = Field(
         "",
         description="Start from this diffusers folder (pipeline or UNet2DModel), the same on every machine, instead "
-        "of random weights. model.preset and model.dropout are then not read.",
+        "of random weights. model.preset and model.dropout are then not read. A StableDiffusionPipeline needs data "
+        "with captions (docs/text-to-image.md).",
     )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in backward instead of keeping them: less memory, slower steps."
+    )
+
+
+class TextConfig(Section):
+    """How captions are read by text-to-image training; the defences of Somepalli et al. 2023 (arXiv 2305.20086)."""
+
+    captions: Literal["first", "random"] = Field(
+        "first", description="Of a sample with several captions: its first, or one drawn at every visit."
+    )
+    insert_tokens: int = Field(
+        0, ge=0, description="Random tokens put into a caption at random places, anew at every visit."
+    )
+    replace_tokens: int = Field(0, ge=0, description="Tokens of a caption replaced by random ones at every visit.")
+    noise: float = Field(0.0, ge=0, description="Standard deviation of Gaussian noise on text embeddings.")
+    cache: bool = Field(
+        True,
+        description="Keep latents and text embeddings in data.cache-dir; false encodes images and captions at every "
+        "visit.",
+    )
+    guidance: float = Field(7.5, ge=0, description="Guidance scale of the images drawn at the end.")
+
+
+class LoraConfig(Section):
+    rank: int = Field(
+        0,
+        ge=0,
+        description="Train low-rank adapters of this rank (LoRA) instead of the whole U-Net of a text-to-image model; "
+        "only they travel. 0: the whole U-Net.",
+    )
+    targets: str = Field("to_q,to_k,to_v,to_out.0", description="Layers that get adapters, by the end of their names.")
 
 
 class DiffusionConfig(Section):
@@ -152,6 +195,9 @@ class DiffusionConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="adamw-8bit keeps moments in 8 bits: needs bitsandbytes and a CUDA GPU."
+    )
     lr: float = Field(1.2e-2, gt=0, description="AdamW learning rate after warm-up.")
     schedule: Literal["constant", "cosine"] = Field(
         "cosine",

@@ -12,10 +12,16 @@ from typing import Any
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
 
-FIXED = ("shards", "seed", "data.", "partition.", "model.", "diffusion.", "agc.bins")
+FIXED = ("shards", "seed", "data.", "partition.", "model.", "lora.", "diffusion.", "agc.bins")
 """What a resumed run cannot change: its checkpoint was made with it."""
-MOVABLE = ("data.path", "data.held-out-path", "data.cache-dir")
-"""What it can: where the same data lies now. Its fingerprint is checked."""
+MOVABLE = (
+    "data.path",
+    "data.held-out-path",
+    "data.cache-dir",
+    "model.init-from",
+    "model.gradient-checkpointing",
+)
+"""What it can: where the same data and model lie now, whose fingerprints are checked; and what saves memory."""
 
 
 def parse_change(text: str) -> tuple[str, Scalar]:

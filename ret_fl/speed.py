@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from ret_fl.proxy import ProxyTrainer
+from ret_fl.proxy import Draw
+from ret_fl.trainer import ProxyTrainer
 
 STEPS = 8
 WARM_UP = 2
@@ -25,13 +26,12 @@ def images_per_second(trainer: ProxyTrainer, image_shape: tuple[int, int, int]) 
             if step == WARM_UP:
                 _settle(trainer.device)
                 began = time.perf_counter()
-            x = objective.folded(torch.rand(batch, *image_shape, device=trainer.device) * 2 - 1)
-            t, noise = objective.draw(x)
-            labels = None
-            if trainer.config.model.class_conditional:
-                labels = torch.zeros(batch, dtype=torch.int64, device=trainer.device)
-            loss = objective.losses(trainer.forward, x, t, noise, labels).mean()
-            trainer.step(loss, torch.ones((), dtype=torch.bool, device=trainer.device))
+            x0, condition = objective.imagined(batch, image_shape)
+            every = Draw(x0, condition, *objective.draw(x0))
+            for _, draw in every.parts(trainer.config.micro_batch):
+                loss = objective.losses(trainer.forward, draw.x0, draw.t, draw.noise, draw.condition)
+                trainer.backward(loss.sum() / batch)
+            trainer.step(torch.ones((), dtype=torch.bool, device=trainer.device))
         _settle(trainer.device)
     return STEPS * batch / (time.perf_counter() - began)
 

@@ -120,6 +120,8 @@ class RedistributeEnsemble(Strategy):
         State of the shards when resuming.
     signer : Signer, optional
         Signs orders, so that clients without data can have their samples from a sample service.
+    frozen : str
+        Fingerprint of pretrained weights that do not travel; clients with others refuse their orders.
     """
 
     def __init__(
@@ -135,13 +137,14 @@ class RedistributeEnsemble(Strategy):
         first_round: int = 0,
         banks: list[ShardState] | None = None,
         signer: Signer | None = None,
+        frozen: str = "",
     ) -> None:
         self.ledger = ledger
         self.config = config
         self.fingerprint = fingerprint
         self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
         self.run_key = run_key
-        self.signer = signer
+        self.signer, self.frozen = signer, frozen
         self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
         _refuse_to_wait(self.base, ledger.num_shards)
         self.first_round = first_round
@@ -192,7 +195,7 @@ class RedistributeEnsemble(Strategy):
         list(self.base.configure_train(server_round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
         shards = range(self.ledger.num_shards)
         orders = {shard: self.order(round, shard) for shard in shards}
-        work = {shard: self.config.local_epochs * len(order.ids) for shard, order in orders.items()}
+        work = {shard: self.config.visits(len(order.ids)) for shard, order in orders.items()}
         messages = {
             shard: Message(
                 orders[shard].pack(arrays),
@@ -228,6 +231,7 @@ class RedistributeEnsemble(Strategy):
             log_ratio=self.ledger.log_loss_ratio()[ids],
             bank_values=state.bank_values,
             bank_visits=state.bank_visits,
+            frozen=self.frozen,
         )
         return self.signer.signed(order) if self.signer else order
 

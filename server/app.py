@@ -18,7 +18,9 @@ from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
-from ret_fl.diffusion.models import build_unet, check_pretrained_schedule
+from ret_fl.diffusion.models import check_pretrained_schedule
+from ret_fl.diffusion.proxymodel import open_model, trained_parameters
+from ret_fl.diffusion.text_to_image import frozen_part, require_captions
 from ret_fl.dispatch import Dispatcher
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
@@ -29,6 +31,7 @@ from ret_fl.rundir import RunDir
 from ret_fl.samples.grants import Signer
 from ret_fl.samples.records import Description, hash_samples
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.trainer import part_of, state_of
 
 app = ServerApp()
 
@@ -58,8 +61,10 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
 
     data = load_splits(config.data)
     log(INFO, "data: %s", data.describe())
+    require_captions(config, data.train)
     if checkpoint:
         _refuse_other_data(checkpoint, data)
+        _refuse_other_model(checkpoint, config)
     _warn_of_duplicates(config, data)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
     roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
@@ -96,9 +101,9 @@ def fresh_strategy(
         sizes = roster.sizes(config.shards, nodes)
         log(INFO, "shard sizes by speed: %s", sizes)
         dealt = config.model_copy(update={"partition": config.partition.model_copy(update={"sizes": sizes})})
-    unet = build_unet(config.model, train.image_shape, train.num_classes, config.seed)
-    state = {name: value.numpy() for name, value in unet.state_dict().items()}
-    weights = {f"{part}.{name}": value for part in ("raw", "ema") for name, value in state.items()}
+    model = open_model(config, train.image_shape, train.num_classes)
+    start = trained_parameters(model.unet)
+    weights = state_of(start, start if config.ema.decay else None)
     strategy = RedistributeEnsemble(
         ShardLedger.start(deal(dealt, data), config.shards),
         config,
@@ -107,6 +112,7 @@ def fresh_strategy(
         run_key=uuid.uuid4().hex,
         roster=roster,
         signer=_signer(config, data),
+        frozen=model.frozen,
     )
     return strategy, weights
 
@@ -117,6 +123,11 @@ def _refuse_other_data(checkpoint: Checkpoint, data: DataSplits) -> None:
             f"the run was made with data {checkpoint.fingerprint[:16]}, the same settings now give "
             f"{data.train.fingerprint[:16]}: the files behind data.path have changed"
         )
+
+
+def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    if checkpoint.frozen and checkpoint.frozen != frozen_part(config):
+        raise ConfigError("model.init-from: the folder holds other weights than those the run was begun with")
 
 
 def _resumed(
@@ -133,8 +144,11 @@ def _resumed(
         first_round=checkpoint.round,
         banks=checkpoint.shards,
         signer=_signer(config, data),
+        frozen=checkpoint.frozen,
     )
-    return strategy, checkpoint.weights
+    # an EMA may have been turned on or off since
+    ema = part_of(checkpoint.weights, "ema.") if config.ema.decay else None
+    return strategy, state_of(part_of(checkpoint.weights, "raw."), ema)
 
 
 def _signer(config: RunConfig, data: DataSplits) -> Signer | None:

@@ -21,14 +21,14 @@ from ret_fl.cli import app
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
-from ret_fl.diffusion.models import build_unet
+from ret_fl.diffusion.proxymodel import ProxyModel, open_model, trained_parameters
 from ret_fl.dispatch import Dispatcher
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, pack_state, unpack_state
-from ret_fl.proxy import ProxyTrainer
 from ret_fl.rounds import RoundSummary
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.trainer import ProxyTrainer, state_of
 from simulations.inline import InlineGrid, run_inline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,9 +130,14 @@ def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
 
 def fresh_weights(config: RunConfig) -> State:
     """The weights a run of this config starts from."""
+    start = trained_parameters(opened_model(config).unet)
+    return state_of(start, start if config.ema.decay else None)
+
+
+def opened_model(config: RunConfig) -> ProxyModel:
+    """The model a run of this config trains, at its start."""
     train = load_splits(config.data).train
-    state = build_unet(config.model, train.image_shape, train.num_classes, config.seed).state_dict()
-    return {f"{part}.{name}": value.numpy() for part in ("raw", "ema") for name, value in state.items()}
+    return open_model(config, train.image_shape, train.num_classes)
 
 
 def make_trainer(config: RunConfig, device: str = "cpu") -> ProxyTrainer:
@@ -182,6 +187,7 @@ def make_federation(
         content=train.content_hashes,
         run_key="test",
         base=base,
+        frozen=opened_model(config).frozen,
     )
     grid = InlineGrid(client, nodes or config.shards, config.to_flat())  # type: ignore[arg-type]
     return Federation(config, grid, strategy, fresh_weights(config))

@@ -117,7 +117,9 @@ class TestObjective:
     def test_bf16_losses_come_in_float32_and_close_to_those_of_float32(self) -> None:
         scheduler = make_scheduler(DiffusionConfig())
         x0, noise, t = rand(2, 1, 8, 8), rand(2, 1, 8, 8, seed=1), torch.tensor([10, 500])
-        half, full = (Objective(scheduler, CPU, bf16=bf16).losses(tiny(), x0, t, noise, None) for bf16 in (True, False))
+        half, full = (
+            Objective(scheduler, CPU, half=h).losses(tiny(), x0, t, noise, None) for h in (torch.bfloat16, None)
+        )
         assert half.dtype == torch.float32 and not torch.equal(half, full)
         torch.testing.assert_close(half, full, rtol=0.05, atol=0)
 

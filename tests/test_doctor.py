@@ -20,6 +20,7 @@ from conftest import TINY, ret_fl
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.deploy.certificates import Authority, make_node_key
 from ret_fl.diffusion.models import build_unet
+from ret_fl.diffusion.proxymodel import open_model
 from ret_fl.doctor import (
     Finding,
     Verdict,
@@ -104,9 +105,9 @@ def test_too_little_memory_or_disk_is_a_failure_that_says_how_much(tmp_path: Pat
 def test_memory_grows_with_the_batch_and_holds_at_least_the_optimizer() -> None:
     _, data = check_data(config())
     assert data is not None
-    unet = build_unet(config().model, data.train.image_shape, 0, 0)
-    parameters = sum(p.numel() for p in unet.parameters())
-    small, large = (client_memory(config(**{"batch-size": size}), unet, data) for size in (8, 16))
+    model = open_model(config(), data.train.image_shape, 0)
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    small, large = (client_memory(config(**{"batch-size": size}), model, data) for size in (8, 16))
     assert small > 5 * 4 * parameters
     assert large - 20 * parameters == 2 * (small - 20 * parameters)
 

@@ -42,8 +42,11 @@ def small_pipeline(folder: Path, *, ddim: bool = False, **unet: Any) -> Path:
     return folder
 
 
-def text_pipeline(folder: Path, **model_index: Any) -> Path:
-    """A random StableDiffusionPipeline: 8x8 latents, 16x16 images, a tokenizer of single letters."""
+def text_pipeline(folder: Path, scheduler: Any = None, **model_index: Any) -> Path:
+    """A random StableDiffusionPipeline: 8x8 latents, 16x16 images, a tokenizer of single letters.
+
+    scheduler: its own; None: DDIM of 100 steps.
+    """
     transformers = pytest.importorskip("transformers")
     from diffusers import StableDiffusionPipeline
 
@@ -88,7 +91,7 @@ def text_pipeline(folder: Path, **model_index: Any) -> Path:
         text_encoder=transformers.CLIPTextModel(text_config),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(num_train_timesteps=100, clip_sample=False, steps_offset=1),
+        scheduler=scheduler or DDIMScheduler(num_train_timesteps=100, clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +45,8 @@ class LoadedModel:
 
     `prepare` takes float32 [n, 3, H, W] in [0, 1]; `embed` takes its result and gives [n, F], or a tuple that starts
     with it. `classify` gives class probabilities [n, classes] instead, as the Inception Score wants them; None: the
-    network has no such classes.
+    network has no such classes. `text` gives features of captions, float32 [n, F] on the CPU, comparable with those of
+    images, or raises `ValueError`; None: the network knows no text.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LoadedModel:
     embed: Callable[[Tensor], Any]
     device: torch.device
     classify: Callable[[Tensor], Any] | None = None
+    text: Callable[[Sequence[str]], Tensor] | None = None
 
     @torch.no_grad()
     def features(self, images: Images) -> Tensor:
@@ -196,7 +198,7 @@ def _load_inception(path: Path, device: torch.device) -> LoadedModel:
         # as the score's authors computed it: no bias before the softmax
         return network(images, no_output_bias=True)
 
-    return LoadedModel("Inception-v3", _eight_bit, embed, device, classify)
+    return LoadedModel("Inception-v3", _eight_bit, embed, device, classify=classify)
 
 
 def _eight_bit(images: Tensor) -> Tensor:
@@ -223,7 +225,35 @@ def _load_transformers(folder: Path, device: torch.device) -> LoadedModel:
     if not hasattr(network, "get_image_features") and network.main_input_name != "pixel_values":
         raise ValueError(f"{folder} is no image model: it takes {network.main_input_name}, not pixel_values")
     embed = _Embedding(network.float().eval().to(device), trained_pooler=not poolers)
-    return LoadedModel(folder.resolve().name, prepare, embed, device)
+    text = _TextFeatures(folder, network, device) if hasattr(network, "get_text_features") else None
+    return LoadedModel(folder.resolve().name, prepare, embed, device, text=text)
+
+
+@dataclass(frozen=True)
+class _TextFeatures:
+    """Features of captions by a network such as CLIP; see `LoadedModel.text`."""
+
+    folder: Path
+    network: Any
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Raises `ValueError` where the folder has no tokenizer."""
+        from transformers import AutoTokenizer
+
+        # without these files transformers makes up a tokenizer that knows no words
+        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+            raise ValueError(f"{self.folder} has no tokenizer: copy all its files")
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        longest = self.network.config.text_config.max_position_embeddings
+        parts = []
+        for start in range(0, len(captions), BATCH):
+            batch = list(captions[start : start + BATCH])
+            inputs = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            output = self.network.get_text_features(**inputs.to(self.device))
+            parts.append((output if isinstance(output, Tensor) else output.pooler_output).float().cpu())
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ret_fl.audit.replication import wilson_interval
 from ret_fl.audit.schema import Duplicates, Exposure, Interval, Membership, SuspectedDuplicate
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.objective import Objective
-from ret_fl.evaluation import Progress, folded_batches
+from ret_fl.evaluation import Progress, fixed_batches
 
 Values = Tensor | np.ndarray
 FPR_1_PERCENT, FPR_01_PERCENT = 100, 1000
@@ -72,15 +72,14 @@ def pia_scores(
 
     def seen_noise(x: Tensor, step: int, labels: Tensor | None) -> Tensor:
         steps = torch.full((len(x),), step, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=objective.bf16):
-            predicted = unet(x, steps, class_labels=labels, return_dict=False)[0].float()
+        predicted = objective.predicted(unet, x, steps, labels)
         if kind == "epsilon":
             return predicted
         signal = scheduler.alphas_cumprod[step].to(device)
         return signal.sqrt() * predicted + (1 - signal).sqrt() * x
 
     out = []
-    for x0, labels in folded_batches(unet, objective, store, ids, batch_size, on_progress):
+    for x0, labels in fixed_batches(objective, store, ids, batch_size, on_progress):
         noise = seen_noise(x0, 0, labels)
         x_t = scheduler.add_noise(x0, noise, torch.full((len(x0),), t, device=device))
         gap = noise - seen_noise(x_t, t, labels)

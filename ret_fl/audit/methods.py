@@ -82,6 +82,15 @@ METHODS = (
         "Both reward copying: the training images themselves score best.",
     ),
     Method(
+        "clip",
+        "CLIP score",
+        "Mean cosine of each sample and its prompt in CLIP's joint space of images and text, on a scale of -1 to 1. "
+        "Beside it, that of training images and their captions.",
+        "Hessel et al. 2021, arXiv 2104.08718, without its factor of 2.5.",
+        "Quality and variety: an ugly image of the right things scores well. Values of different CLIP models do not "
+        "compare.",
+    ),
+    Method(
         "membership",
         "Membership inference",
         "One score for each image, the model's loss on fixed timesteps and noise or the error of the PIA attack, "

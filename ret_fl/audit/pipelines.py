@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ret_fl.data.folder import IMAGE_SUFFIXES
 from ret_fl.diffusion.sampling import draw_images, load_pipeline, noise_shape, start_noise
+from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE
 
 Kind = Literal["run", "pipeline", "images"]
 Draw = Callable[[int, int], Tensor]
@@ -32,7 +33,9 @@ def locate(model: Path) -> tuple[Kind, Path]:
         raise FileNotFoundError(f"{model} does not exist: give a run, a diffusers pipeline, or images")
     if (model / "model_index.json").is_file():
         return "pipeline", model
-    if (model / "final" / "model_index.json").is_file():
+    if is_adapters(model):
+        return "pipeline", model
+    if (model / "final" / "model_index.json").is_file() or is_adapters(model / "final"):
         return "run", model / "final"
     if (model / "config.json").is_file():
         config = _read_json(model / "config.json")
@@ -62,6 +65,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def is_adapters(folder: Path) -> bool:
+    """Whether a folder holds what ret-fl trained by LoRA: adapters, and where the pipeline is that they belong to."""
+    return (folder / LORA_FILE).is_file() and (folder / BASE_FILE).is_file()
+
+
+def pipeline_of(folder: Path) -> Path:
+    """The pipeline's folder: `folder` itself, or the one that the adapters in it belong to.
+
+    Raises `ValueError` if that is no longer there.
+    """
+    if not is_adapters(folder):
+        return folder
+    base = Path(str(_read_json(folder / BASE_FILE).get("base")))
+    if not (base / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds adapters of {base}, which is gone: correct 'base' in {BASE_FILE}")
+    return base
+
+
 def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
     """The parts of a pipeline that are there, by name: (library, class)."""
     index = _read_json(folder / "model_index.json")
@@ -71,6 +92,7 @@ def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
 
 def is_text_to_image(folder: Path) -> bool:
     """False for a pipeline of a UNet2DModel in pixels. Raises `ValueError` if the pipeline is neither."""
+    folder = pipeline_of(folder)
     parts = parts_of(folder)
     if set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel":
         return False
@@ -119,14 +141,17 @@ def load_pixels(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
     return unet, scheduler, fold
 
 
-def pixel_sampler(folder: Path, seed: int, steps: int, device: torch.device | str) -> tuple[Draw, int]:
-    """How to draw from a U-Net in pixels, and its number of parameters."""
+def pixel_sampler(
+    folder: Path, seed: int, steps: int, device: torch.device | str, label: int | None = None
+) -> tuple[Draw, int]:
+    """How to draw from a U-Net in pixels, and its number of parameters. label: the only class to draw, None: all."""
     unet, scheduler, fold = load_pixels(folder)
 
     def draw(first: int, count: int) -> Tensor:
         return draw_images(
-            unet, scheduler, count, first=first, seed=seed, steps=steps, fold=fold, batch_size=count, device=device
-        )
+            unet, scheduler, count, first=first, seed=seed, steps=steps, fold=fold, label=label, batch_size=count,
+            device=device,
+        )  # fmt: skip
 
     return draw, unet.num_parameters()
 
@@ -161,6 +186,7 @@ def require_text_to_image(folder: Path, prompts: Sequence[str]) -> type:
     """The pipeline's class. Raises `ValueError` if it draws from no such prompts, or would run code of the folder."""
     if not prompts:
         raise ValueError(f"{folder} draws images from text: give it --prompts")
+    folder = pipeline_of(folder)
     name = _read_json(folder / "model_index.json").get("_class_name")
     try:
         import transformers  # noqa: F401, whether it is there
@@ -186,8 +212,12 @@ def _load_text_to_image(folder: Path, kind: type) -> diffusers.DiffusionPipeline
     unchecked: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
     with _loading(folder, diffusers, transformers):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, **unchecked
+            pipeline_of(folder), local_files_only=True, low_cpu_mem_usage=False, **unchecked
         )
+        if is_adapters(folder):
+            pipeline.unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, local_files_only=True)
+            side = _read_json(folder / BASE_FILE)["image_size"] // pipeline.vae_scale_factor
+            pipeline.unet.register_to_config(sample_size=side)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.vae.enable_slicing()
     return pipeline

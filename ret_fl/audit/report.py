@@ -206,6 +206,7 @@ def _methods(audit: Audit, pictures: Pictures) -> list[Method]:
         "similarity": bool(audit.similarity),
         "fidelity": bool(audit.fidelity),
         "inception": any(f.inception_score is not None for f in audit.fidelity),
+        "clip": bool(audit.clip),
         "membership": leakage is not None and bool(leakage.membership),
         "exposure": leakage is not None and leakage.exposure is not None,
         "duplicates": leakage is not None and leakage.duplicates is not None,

@@ -26,9 +26,10 @@ from ret_fl.audit.classifier import (
     train_classifier,
     turned,
 )
+from ret_fl.audit.clipscore import clip_score
 from ret_fl.audit.copies import replication
 from ret_fl.audit.distances import Images
-from ret_fl.audit.features import FeatureModel
+from ret_fl.audit.features import FeatureModel, LoadedModel
 from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, spread_rows
@@ -127,6 +128,7 @@ def run_audit(
             floor = None if held_out is None else model.features(held_out)
             own, trained = model.features(generated.images), model.features(train)
             similarities.append(similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb))
+        clip = _clip_scores(feature_models, generated, data, on_stage)
         leakage: schema.Leakage | None = None
         losses: dict[str, np.ndarray] = {}
         if (loaded := denoiser()) and takes(loaded, data):
@@ -155,6 +157,7 @@ def run_audit(
         leakage=leakage,
         training=known.training,
         losses=loss_histograms(losses),
+        clip=clip,
         measuring=schema.Measuring(members=options.members, seed=options.seed, device=str(options.device)),
         warnings=list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))),
     )
@@ -168,6 +171,21 @@ def run_audit(
         skip_by_timestep=known.skip_by_timestep,
     )
     return audit, pictures
+
+
+def _clip_scores(
+    models: Sequence[FeatureModel], generated: Generated, data: AuditData, on_stage: Stage
+) -> list[schema.ClipScore]:
+    """How samples fit their prompts, by each model that knows text."""
+    readers = [model for model in models if isinstance(model, LoadedModel) and model.text is not None]
+    if not readers or not generated.prompts:
+        return []
+    captions = None if data.train.captions is None else [own[0] for own in data.train.captions]
+    scores = []
+    for model in readers:
+        on_stage(f"CLIP score by {model.name}")
+        scores.append(clip_score(model, generated.images, generated.prompts, data.train.pixels(), captions))
+    return [score for score in scores if score is not None]
 
 
 class _Remembering:

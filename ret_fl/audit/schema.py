@@ -188,6 +188,15 @@ class Fidelity(Part):
     recipe: str | None = None
 
 
+class ClipScore(Part):
+    """Mean cosine of samples and their prompts in a joint space of images and text; real: of training images and their
+    captions, None where they are not known."""
+
+    features: str
+    mean: float
+    real: float | None
+
+
 class Membership(Part):
     """Telling training from held-out images by one score a model gives them. auc .5 is guessing."""
 
@@ -285,3 +294,4 @@ class Audit(Part):
     warnings: list[str]
     losses: list[LossHistogram] = []
     measuring: Measuring | None = None
+    clip: list[ClipScore] = []

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ret_fl.audit.pipelines import Draw, parts_of
+from ret_fl.audit.pipelines import Draw, parts_of, pipeline_of
 from ret_fl.diffusion.sampling import FOLD_FILE
+from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE
 from ret_fl.files import sync, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ def open_shelf(cache: Path, folder: Path, key: dict[str, Any]) -> Path:
 def _content_digest(folder: Path) -> str:
     """SHA-256 (hex) of the names and contents of the files that make up a pipeline."""
     digest = hashlib.sha256()
-    inside = [file for part in parts_of(folder) if part != "safety_checker" for file in (folder / part).rglob("*")]
-    for file in sorted([folder / "model_index.json", folder / FOLD_FILE, *inside]):
+    whole, alone = pipeline_of(folder), [folder / LORA_FILE, folder / BASE_FILE]
+    inside = [file for part in parts_of(whole) if part != "safety_checker" for file in (folder / part).rglob("*")]
+    for file in sorted([folder / "model_index.json", folder / FOLD_FILE, *alone, *inside]):
         if file.is_file():
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()

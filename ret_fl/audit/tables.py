@@ -104,6 +104,10 @@ def _quality_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
             if (value := getattr(own, key)) is not None:
                 real, other = getattr(own, f"real_{key}", None), getattr(same, key, None)
                 rows.append(Row(group, label, text(value), text(real), text(other)))
+    for score in audit.clip:
+        twin = find(baseline.clip, features=score.features) if baseline else None
+        rows.append(Row(f"Text, in features of {score.features}", "CLIP score", number(score.mean), number(score.real),
+                        _show(twin, lambda other: number(other.mean))))  # fmt: skip
     return rows
 
 

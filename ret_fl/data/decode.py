@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ret_fl.config import ConfigError, DataConfig
-from ret_fl.data.images import ImageSet
+from ret_fl.data.images import Captions, ImageSet
 from ret_fl.files import user_cache
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Encoded:
     """Images not yet decoded: `open(i)` gives the i-th (and raises if it cannot), `name(i)` what to call it.
 
     outside: bool [count], which of them must not train; None: all may.
+    captions: those of each image, or None.
     """
 
     count: int
@@ -42,6 +43,7 @@ class Encoded:
     labels: np.ndarray | None
     num_classes: int
     outside: np.ndarray | None = None
+    captions: Captions | None = None
 
 
 def cache_dir(config: DataConfig) -> Path:
@@ -68,7 +70,7 @@ def decode_cached(contents: object, find: Callable[[], Encoded], config: DataCon
             data.on-corrupt is 'refuse', or the cache cannot be written.
     """
     settings = (config.image_size, config.channels, config.on_corrupt)
-    key = hashlib.sha256(json.dumps([2, contents, settings]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([3, contents, settings]).encode()).hexdigest()[:32]
     folder = cache_dir(config)
     images_path, notes_path = folder / f"{key}.npy", folder / f"{key}.json"
     if not (notes_path.exists() and images_path.exists()):
@@ -83,6 +85,7 @@ def decode_cached(contents: object, find: Callable[[], Encoded], config: DataCon
         shown = ", ".join(unreadable[:5]) + (", ..." if len(unreadable) > 5 else "")
         logger.warning("skipped %d unreadable images: %s (data.on-corrupt=refuse stops)", len(unreadable), shown)
     labels = None if notes["labels"] is None else np.array(notes["labels"], dtype=np.int64)
+    captions = None if notes["captions"] is None else tuple(tuple(own) for own in notes["captions"])
     return ImageSet(
         np.load(images_path, mmap_mode="c"),
         labels,
@@ -92,6 +95,7 @@ def decode_cached(contents: object, find: Callable[[], Encoded], config: DataCon
         outside=None if notes["outside"] is None else np.array(notes["outside"], dtype=bool),
         names=notes["names"],
         originals=notes["originals"],
+        captions=captions,
     )
 
 
@@ -108,6 +112,7 @@ def _write_entry(encoded: Encoded, config: DataConfig, images_path: Path, notes_
             "outside": None if encoded.outside is None else encoded.outside[kept].tolist(),
             "names": [encoded.name(i) for i in kept],
             "originals": originals,
+            "captions": None if encoded.captions is None else [encoded.captions[i] for i in kept],
         }
         scratch.write_text(json.dumps(notes), encoding="utf-8")
         scratch.replace(notes_path)

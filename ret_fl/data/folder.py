@@ -1,15 +1,19 @@
-"""The image-folder source: PNG, JPEG, WebP and BMP files below a folder; the top sub-folder is the class."""
+"""The image-folder source: PNG, JPEG, WebP and BMP files below a folder; the top sub-folder is the class.
+
+A captions.json in the folder gives each image its captions.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
 from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.decode import Encoded, decode_cached, describe_files
-from ret_fl.data.images import ImageSet
+from ret_fl.data.images import Captions, ImageSet
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -21,7 +25,8 @@ def load_folder(config: DataConfig) -> ImageSet:
     sub-folders, sorted; images beside such folders form a class of their own. Without sub-folders there are no classes.
 
     Raises:
-        ConfigError: data.path is unset, missing, or holds no images; or as `decode_cached`.
+        ConfigError: data.path is unset, missing, or holds no images; captions that are not those of the images; or as
+            `decode_cached`.
     """
     if not config.path:
         raise ConfigError("data.source=image-folder needs a folder of images in data.path")
@@ -36,10 +41,18 @@ def load_folder(config: DataConfig) -> ImageSet:
         names += [file.as_posix() for file in others]
         outside = np.arange(len(files)) >= len(training)
 
+    told = root / config.captions
+    captioned = bool(config.captions) and told.is_file()
+
     def find() -> Encoded:
         labels, num_classes = _classes(relative)
-        return Encoded(len(files), lambda i: Image.open(files[i]), names.__getitem__, labels, num_classes, outside)
+        captions = _captions(told, names) if captioned else None
+        return Encoded(
+            len(files), lambda i: Image.open(files[i]), names.__getitem__, labels, num_classes, outside, captions
+        )
 
+    if captioned:
+        contents.append(describe_files([told], root))
     return decode_cached(contents, find, config)
 
 
@@ -52,6 +65,33 @@ def _images(path: str, setting: str) -> list[Path]:
     if not files:
         raise ConfigError(f"{setting}: no PNG, JPEG, WebP or BMP images below {root}")
     return files
+
+
+def _captions(path: Path, names: list[str]) -> Captions:
+    """The captions of images, given by their paths in the folder. Raises `ConfigError`.
+
+    The file holds an object from paths to a caption or a list of them. Its paths may begin elsewhere, as they do in the
+    files of Somepalli et al.: their ends count.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.captions: {path} cannot be read: {error}") from None
+    if not isinstance(told, dict):
+        raise ConfigError(f"data.captions: {path} must hold one object, from the path of an image to its captions")
+    depths = {len(PurePosixPath(name).parts) for name in names}
+    by_end: dict[str, object] = {}
+    for key, value in told.items():
+        parts = PurePosixPath(key.replace("\\", "/")).parts
+        by_end |= {"/".join(parts[-depth:]): value for depth in depths}
+    captions = []
+    for name in names:
+        own = told.get(name, by_end.get(name))
+        own = [own] if isinstance(own, str) else own
+        if not isinstance(own, list) or not own or not all(isinstance(text, str) for text in own):
+            raise ConfigError(f"data.captions: {path} gives {name} no caption (a text, or a list of some)")
+        captions.append(tuple(own))
+    return tuple(captions)
 
 
 def _classes(paths: list[Path]) -> tuple[np.ndarray | None, int]:

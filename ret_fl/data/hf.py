@@ -12,11 +12,11 @@ from PIL import Image
 
 from ret_fl.config import ConfigError, DataConfig
 from ret_fl.data.decode import Encoded, cache_dir, decode_cached, describe_files
-from ret_fl.data.images import ImageSet
+from ret_fl.data.images import Captions, ImageSet
 
 
 def load_hf(config: DataConfig) -> ImageSet:
-    """The images of data.path (split data.split), in row order, with the classes of data.label-column if it exists.
+    """The images of data.path (split data.split), in row order, with classes and captions if their columns exist.
 
     data.path is a folder written by `save_to_disk`, a parquet file, a folder or glob of parquet files, or the name of
     a dataset on the hub. A file or glob is taken whole, as the split asked for. The rows of data.held-out-path (split
@@ -37,7 +37,7 @@ def load_hf(config: DataConfig) -> ImageSet:
 
 def _found(config: DataConfig) -> tuple[object, Callable[[], Any]]:
     """What tells the dataset at data.path from any other, and how to open it."""
-    columns = [config.split, config.image_column, config.label_column]
+    columns = [config.split, config.image_column, config.label_column, config.caption_column]
     root, files = _local(config.path)
     if files:
         return ["hf", describe_files(files, root), columns], lambda: _open_local(root, files, config)
@@ -136,6 +136,20 @@ def _image_rows(dataset: Any, config: DataConfig) -> Any:
         return rows.cast_column(config.image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # the last is what pyarrow raises for such a cast
         raise ConfigError(f"data.image-column: {config.image_column!r} does not hold images: {error}") from error
+
+
+def _captions(datasets: Sequence[Any], config: DataConfig) -> Captions | None:
+    if any(config.caption_column not in dataset.column_names for dataset in datasets):
+        return None
+    captions: list[tuple[str, ...]] = []
+    for i, cell in enumerate(cell for dataset in datasets for cell in dataset[config.caption_column]):
+        own = (cell,) if isinstance(cell, str) else cell
+        if not isinstance(own, list | tuple) or not own or not all(isinstance(text, str) for text in own):
+            raise ConfigError(
+                f"data.caption-column: row {i} of {config.caption_column!r} has no caption, or list of them"
+            )
+        captions.append(tuple(own))
+    return tuple(captions)
 
 
 def _labels(datasets: Sequence[Any], config: DataConfig) -> tuple[np.ndarray | None, int]:

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+Captions = tuple[tuple[str, ...], ...]
+"""The captions of each image, one at least."""
 Kind = Literal["glyph", "photo"]
 """What augmentation may do to the images: shapes on a ground, or pictures of the world."""
 
@@ -23,6 +25,7 @@ class ImageSet:
     outside: bool [N], True where an image may be held out or serve as reference but must not train; None: any may.
     names: what to call each image; empty: its row.
     originals: how many images came in which mode and size ("RGB 512x384"), where they were brought to one.
+    captions: of each image, or None.
     """
 
     images: np.ndarray
@@ -33,6 +36,7 @@ class ImageSet:
     outside: np.ndarray | None = None
     names: Sequence[str] = ()
     originals: Mapping[str, int] = field(default_factory=dict)
+    captions: Captions | None = None
 
 
 def resize(images: np.ndarray, side: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def load_splits(config: DataConfig) -> DataSplits:
         ConfigError: the source cannot be read, or has too few images for what is asked.
     """
     found = load_images(config)
-    store = SampleStore(found.images, found.labels, found.num_classes)
+    store = SampleStore(found.images, found.labels, found.num_classes, found.captions)
     rng = np.random.default_rng(config.seed)
     contents = _Contents(store, found)
     train, reference, held_out = _divide(contents, found.outside, config, rng)

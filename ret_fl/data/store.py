@@ -7,6 +7,7 @@ so that a round's order can name samples by number alone.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Protocol
@@ -14,6 +15,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from ret_fl.data.images import Captions
 
 _CHUNK = 4096
 """Rows hashed at a time, so that a memory-mapped dataset is never read into memory at once."""
@@ -34,6 +37,7 @@ class SampleStore:
             (open it with mode "c": torch wants writable memory, and copy-on-write never touches the file).
         labels: int64 [N] in [0, num_classes), or None for images without classes.
         num_classes: how many classes there are; 0 if and only if there are no labels.
+        captions: those of each image, for text-to-image, or None.
 
     Raises:
         TypeError: images are not uint8 or labels are not integers.
@@ -41,9 +45,16 @@ class SampleStore:
     """
 
     def __init__(
-        self, images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None, num_classes: int = 0
+        self,
+        images: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | None = None,
+        num_classes: int = 0,
+        captions: Captions | None = None,
     ) -> None:
         self._images = _checked_images(images)
+        if captions is not None and len(captions) != len(self._images):
+            raise ValueError(f"{len(captions)} captions for {len(self._images)} images")
+        self._captions = captions
         self._labels = _checked_labels(labels, len(self._images), num_classes)
         self._rows: Tensor | None = None  # row of each sample in _images; None: all rows, in order
         self.num_classes = num_classes
@@ -63,6 +74,13 @@ class SampleStore:
         if self._labels is None or self._rows is None:
             return self._labels
         return self._labels[self._rows]
+
+    @cached_property
+    def captions(self) -> Captions | None:
+        """Of each sample, one at least; or None."""
+        if self._captions is None or self._rows is None:
+            return self._captions
+        return tuple(self._captions[row] for row in self._rows.tolist())
 
     def fetch(self, ids: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
         """The samples named by `ids` (int64 [B], on the CPU): images float32 [B, C, H, W] in [-1, 1], labels int64 [B].
@@ -91,15 +109,17 @@ class SampleStore:
         """A store of the named samples, in that order, repeats allowed. It shares the memory of this one."""
         rows = self._resolve(ids)
         part = SampleStore(self._images[:0], None if self._labels is None else self._labels[:0], self.num_classes)
-        part._images, part._labels, part._rows = self._images, self._labels, rows
+        part._images, part._labels, part._captions, part._rows = self._images, self._labels, self._captions, rows
         return part
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of shape, number of classes, labels and every image, in order."""
+        """SHA-256 (hex) of shape, number of classes, labels, captions and every image, in order."""
         digest = hashlib.sha256(repr((len(self), *self.image_shape, self.num_classes)).encode())
         if (labels := self.labels) is not None:
             digest.update(labels.numpy().astype("<i8").tobytes())
+        if self.captions is not None:
+            digest.update(json.dumps(self.captions).encode())
         for chunk in self._chunks():
             digest.update(chunk.tobytes())
         return digest.hexdigest()

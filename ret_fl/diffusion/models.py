@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 
 from ret_fl.config import ConfigError, DiffusionConfig, ModelConfig
 from ret_fl.diffusion.sampling import saved_fold
+from ret_fl.diffusion.text_to_image import is_text_to_image
 
 
 def _blocks(kind: str, attention_at: set[int], levels: int) -> tuple[str, ...]:
@@ -89,9 +90,12 @@ def build_unet(config: ModelConfig, image_shape: tuple[int, int, int], num_class
 
 
 def check_pretrained_schedule(model: ModelConfig, diffusion: DiffusionConfig) -> None:
-    """Raise `ConfigError` if `model.init-from` was trained under another noise schedule than `diffusion.*` says."""
+    """Raise `ConfigError` if `model.init-from` was trained under another noise schedule than `diffusion.*` says.
+
+    A text-to-image model goes by its own (ret_fl/diffusion/text_to_image.py).
+    """
     file = Path(model.init_from) / "scheduler" / "scheduler_config.json"
-    if not model.init_from or not file.is_file():
+    if not model.init_from or not file.is_file() or is_text_to_image(model.init_from):
         return
     theirs = json.loads(file.read_text())
     ours = {

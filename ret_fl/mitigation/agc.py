@@ -88,8 +88,13 @@ def gated_mean(loss: Tensor, keep: Tensor, max_rescale: float = 0.0) -> Tensor:
 
     With `max_rescale` = c the few losses left of a batch of B weigh at most c/B each, instead of 1/kept.
     """
-    least = max(len(loss) / max_rescale, 1.0) if max_rescale > 0 else 1.0
-    return (loss * keep).sum() / keep.sum().clamp(min=least)
+    return (loss * keep).sum() / gate_divisor(keep, max_rescale)
+
+
+def gate_divisor(keep: Tensor, max_rescale: float = 0.0) -> Tensor:
+    """What `gated_mean` divides the sum of the kept losses by: their number (scalar), or more."""
+    least = max(len(keep) / max_rescale, 1.0) if max_rescale > 0 else 1.0
+    return keep.sum().clamp(min=least)
 
 
 def make_gate(config: AgcConfig, bank: LossBank, log_ratio: Tensor) -> Gate:
