@@ -120,7 +120,7 @@ def _encoded(datasets: Sequence[Any], config: DataConfig) -> Encoded:
         return f"held-out row {row}" if which else f"row {row}"
 
     outside = np.arange(ends[-1]) >= ends[0] if len(tables) > 1 else None
-    return Encoded(int(ends[-1]), open_row, name, labels, num_classes, outside)
+    return Encoded(int(ends[-1]), open_row, name, labels, num_classes, outside, _captions(datasets, config))
 
 
 def _image_rows(dataset: Any, config: DataConfig) -> Any:
