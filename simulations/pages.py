@@ -341,4 +341,4 @@ def _with_range(point: Point, name: str, form: str) -> str:
 
 
 def _change(value: float, before: float) -> str:
-    return f"{value / before - 1:+.0%}" if before else "n/a"
+    return f"{value / before - 1:+.1%}" if before else "n/a"
