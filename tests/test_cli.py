@@ -176,13 +176,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_says_why_and_where_the_log_is(tmp_path: Path) -> None:
-    missing = {"model.init-from": tmp_path / "no-such-folder"}
+    (tmp_path / "no-model").mkdir()
     out = tmp_path / "run"
-    result = ret_fl("run", "--engine", "inline", "--app", ROOT, "--out", out, *changes(SETTINGS | missing))
+    empty = {"model.init-from": tmp_path / "no-model"}
+    result = ret_fl("run", "--engine", "inline", "--app", ROOT, "--out", out, *changes(SETTINGS | empty))
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
-    for words in ("model.init-from", "no-such-folder", str(out / "flower.log")):
+    for words in ("model.init-from", "no-model", str(out / "flower.log")):
         assert words in result.stderr
     assert "Traceback" in (out / "flower.log").read_text()
 
