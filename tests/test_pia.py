@@ -28,7 +28,8 @@ class TestPia:
         unet, store = tiny(classes=classes).eval(), stored(0, 4, labels=True)
         objective = make_objective(prediction)
         found = pia_scores(unet, objective, store, torch.arange(4), t=300)
-        signal = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+        angle = (torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * torch.pi / 2
+        signal = (angle.cos() / angle[0].cos())[1:] ** 2  # Nichol & Dhariwal 2021, equation 17
 
         def noise(x: Tensor, t: int, labels: Tensor) -> Tensor:
             with torch.no_grad():

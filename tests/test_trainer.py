@@ -58,7 +58,8 @@ def test_steps_replace_epochs_where_they_are_asked_for(tiny: Tiny) -> None:
 
 
 def test_fp16_trains_and_leaves_out_steps_that_overflow(tiny: Tiny) -> None:
-    config = tiny(PLAIN, {"precision": "fp16", "local-steps": 4})
+    settings = PLAIN | {"local-steps": 4, "optimizer.lr": 0.004}
+    config = tiny(settings, {"precision": "fp16"})
     trainer = make_trainer(config)
     trainer.load(fresh_weights(config), None)
     every = torch.ones((), dtype=torch.bool)
@@ -70,7 +71,7 @@ def test_fp16_trains_and_leaves_out_steps_that_overflow(tiny: Tiny) -> None:
     trainer.backward(sum(p.square().sum() for p in trainer.parameters.values()))
     trainer.step(~every)
     assert not differ(before, trainer.weights())
-    half, full = train(config), train(tiny(PLAIN, {"precision": "fp32", "local-steps": 4}))
+    half, full = train(config), train(tiny(settings, {"precision": "fp32"}))
     assert 0 < furthest(half.weights, full.weights) < 0.05
     assert half.report.loss == pytest.approx(full.report.loss, rel=0.01)
 
