@@ -18,6 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from ret_fl.sections import (
     DISK_SOURCES,
+    FINE_TUNING_RATE,
+    LEARNING_RATES,
     AgcConfig,
     DataConfig,
     DiffusionConfig,
@@ -120,6 +122,14 @@ class RunConfig(Section):
     taa: TaaConfig = TaaConfig.model_construct()
     redistribution: RedistributionConfig = RedistributionConfig.model_construct()
     quarantine: QuarantineConfig = QuarantineConfig.model_construct()
+
+    @model_validator(mode="after")
+    def _with_a_learning_rate(self) -> RunConfig:
+        if not self.optimizer.lr:
+            rate = FINE_TUNING_RATE if self.model.init_from else LEARNING_RATES[self.model.preset]
+            # past the guard of a frozen model: a validator must return the very instance
+            self.__dict__["optimizer"] = self.optimizer.model_copy(update={"lr": rate})
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

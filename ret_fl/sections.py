@@ -198,7 +198,12 @@ class OptimizerConfig(Section):
     kind: Literal["adamw", "adamw-8bit"] = Field(
         "adamw", description="adamw-8bit keeps moments in 8 bits: needs bitsandbytes and a CUDA GPU."
     )
-    lr: float = Field(1.2e-2, gt=0, description="AdamW learning rate after warm-up.")
+    lr: float = Field(
+        0.0,
+        ge=0,
+        description="AdamW learning rate after warm-up; 0: that of model.preset (tiny .012, small .001, base .0005, "
+        "ddpm-cifar and ddpm-64 .0002), or 1e-5 to go on from model.init-from.",
+    )
     schedule: Literal["constant", "cosine"] = Field(
         "cosine",
         description="'cosine' lowers the learning rate from round to round, towards 0 at num-server-rounds; a run "
@@ -208,6 +213,11 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 does not clip.")
     carry_moments: bool = Field(True, description="Keep each shard's Adam moments from round to round on its client.")
+
+
+LEARNING_RATES = {"tiny": 1.2e-2, "small": 1e-3, "base": 5e-4, "ddpm-cifar": 2e-4, "ddpm-64": 2e-4}
+"""What optimizer.lr=0 means for each model.preset: tiny's is measured (docs/results), ddpm's is DDPM's own."""
+FINE_TUNING_RATE = 1e-5
 
 
 class EmaConfig(Section):

@@ -36,9 +36,20 @@ def test_pyproject_repeats_the_defaults_name_by_name() -> None:
     document = tomllib.loads((ROOT / "pyproject.toml").read_text())
     flat = flattened(document["tool"]["flwr"]["app"]["config"])
     defaults = RunConfig().to_flat()
-    assert flat == defaults
+    assert flat | {"optimizer.lr": RunConfig.from_flat(flat).optimizer.lr} == defaults
     # Flower holds an override to the type of the default: 1 for 1.0 would forbid 0.5
     assert [k for k in flat if not same_type(flat[k], defaults[k])] == []
+
+
+@pytest.mark.parametrize(
+    ("flat", "rate"),
+    [({}, 1.2e-2), ({"model.preset": "small"}, 1e-3), ({"model.preset": "ddpm-cifar"}, 2e-4),
+     ({"model.preset": "small", "optimizer.lr": 0.5}, 0.5), ({"model.init-from": "a-folder"}, 1e-5)],
+)  # fmt: skip
+def test_a_learning_rate_that_is_not_given_is_that_of_the_model(flat: dict[str, Scalar], rate: float) -> None:
+    config = RunConfig.from_flat(flat)
+    assert config.optimizer.lr == rate
+    assert RunConfig.from_flat(config.to_flat()) == config
 
 
 def test_every_setting_says_what_it_means_and_what_is_allowed() -> None:
