@@ -324,6 +324,7 @@ def _store(spec: str | Path, drawing: Drawing, *, trained: bool) -> SampleStore:
             "image_size": drawing.image_size,
             "channels": drawing.channels,
             "captions": "",
+            "caption_column": "",
         }
     )
     try:

@@ -161,7 +161,8 @@ def config(
 def presets(app_folder: AppOption = Path()) -> None:
     """The presets of simulations/presets: what each is, the command, the data it wants, what it costs.
 
-    Sizes are counted and computed by `python -m benchmarks.recipes`, which on a GPU measures a step, too.
+    Sizes are counted and computed by `python -m benchmarks.recipes`, which on a GPU measures a step, too, and for
+    text-to-image by `python -m benchmarks.text_to_image`.
     """
     from ret_fl.config import ConfigError
     from ret_fl.engines import check_app
@@ -234,7 +235,7 @@ def sample(
             task = progress.add_task("drawing", total=count)
             images = draw_missing(draw, count, DRAWN, None, lambda done, _: progress.update(task, completed=done))
     except ValueError as error:
-        raise stop(f"--label: {error}") from None
+        raise stop(str(error) if label is None else f"--label: {error}") from None
     save_images(images, out)
     typer.echo(f"{count} images: {out}")
 

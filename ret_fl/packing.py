@@ -7,6 +7,9 @@ for longer than the 5 s after which Flower answers "database is locked". Average
 
 from __future__ import annotations
 
+import io
+import math
+import tokenize
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -24,16 +27,33 @@ class PackingError(ValueError):
     """Arrays that are not what they say."""
 
 
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
 def decode(record: ArrayRecord) -> dict[str, NDArray]:
     """Every array by its key. Raises `PackingError` for one whose bytes are not the array it says it is."""
     try:
-        return {key: value.numpy() for key, value in record.items()}
-    except (ValueError, TypeError, OSError, EOFError, SyntaxError) as error:
+        return {key: _array(value) for key, value in record.items()}
+    except (ValueError, TypeError, OSError, EOFError, SyntaxError, OverflowError, tokenize.TokenError) as error:
         raise PackingError(f"an array cannot be decoded: {error}") from None
+
+
+def _array(value: Array) -> NDArray:
+    """What Flower makes of its bytes, once it is clear that they are one array and ask for no more memory."""
+    stream = io.BytesIO(value.data)
+    version = np.lib.format.read_magic(stream)
+    if version not in _READERS:
+        raise ValueError(f"its format is {version}")
+    shape, _, dtype = _READERS[version](stream)
+    if math.prod(shape) * dtype.itemsize != len(value.data) - stream.tell():
+        raise ValueError(f"it is {len(value.data)} bytes long and says it is {dtype} {shape}")
+    return value.numpy()
 
 
 def pack_state(state: State) -> ArrayRecord:
     """A state in arrays of at most `PIECE_BYTES`, the same for the same names and shapes in whatever order."""
+    if odd := [name for name in state if "," in name]:
+        raise ValueError(f"weights cannot be called {odd[0]!r}: names travel joined by commas")
     record = ArrayRecord()
     for names in _pieces(state):
         key = ",".join(f"{name}:{'x'.join(map(str, state[name].shape))}" for name in names)
@@ -66,10 +86,12 @@ def parts(key: str, flat: NDArray) -> list[tuple[str, NDArray]]:
     try:
         told = [part.rsplit(":", 1) for part in key.split(",")]
         shapes = [(name, tuple(map(int, filter(None, shape.split("x"))))) for name, shape in told]
+        if len(dict(shapes)) < len(shapes) or any(side < 0 for _, shape in shapes for side in shape):
+            raise ValueError("a name stands twice, or a side is below 0")
         ends = np.cumsum([int(np.prod(shape, dtype=np.int64)) for _, shape in shapes])
         if flat.shape != (ends[-1],):
             raise ValueError(f"it holds {flat.shape}")
         pieces = np.split(flat, ends[:-1])
         return [(name, piece.reshape(shape)) for (name, shape), piece in zip(shapes, pieces, strict=True)]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise PackingError(f"an array does not hold the weights {key[:80]}: {error}") from None

@@ -57,6 +57,20 @@ def test_every_sample_keeps_its_captions_through_split_repeats_and_cache(tmp_pat
         assert len(data.train) == 8 + 2 * 2
 
 
+def test_held_out_images_of_another_folder_have_the_captions_of_their_own_file(tmp_path: Path) -> None:
+    training, beside = captioned_folder(tmp_path / "images"), captioned_folder(tmp_path / "beside")
+    told = json.loads((beside / "captions.json").read_text())
+    (beside / "captions.json").write_text(json.dumps({name: f"beside {name}" for name in told}))
+    config = folder_config(training, held_out_path=str(beside), held_out=0)
+    found = load_images(config)
+    assert found.captions is not None and found.outside is not None
+    assert [own[0].startswith("beside") for own in found.captions] == found.outside.tolist()
+    (beside / "captions.json").unlink()
+    with pytest.raises(ConfigError, match=r"beside.captions\.json cannot be read.*data\.captions='' trains without"):
+        load_images(config)
+    assert load_images(config.model_copy(update={"captions": ""})).captions is None
+
+
 def test_captions_belong_to_the_fingerprint_and_images_without_keep_theirs() -> None:
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     plain, one, other = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
@@ -47,3 +49,37 @@ def test_an_array_that_its_key_does_not_describe_is_refused(key: str) -> None:
         parts(key, np.zeros(4, np.float32))
     with pytest.raises(PackingError):
         unpack_state(ArrayRecord({key: Array(np.zeros(4, np.float32))}))
+
+
+def npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros(3, np.float32))
+    return file.getvalue()
+
+
+def says(shape: str) -> bytes:
+    """A .npy whose header says that it is larger than it is."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(12)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not an array", b"PK\x03\x04", npz(), says("(100000000000000,)"), says("(3,"), says("(-3,)"),
+     says("(" + "9" * 400 + ",)")],
+    ids=["nothing", "text", "a zip", "an npz", "a petabyte", "a cut header", "below 0", "beyond numbers"],
+)  # fmt: skip
+def test_bytes_that_are_no_array_are_refused_before_memory_is_asked_for(data: bytes) -> None:
+    with pytest.raises(PackingError, match="cannot be decoded"):
+        unpack_state(ArrayRecord({"raw.a:3": Array("float32", (3,), "numpy.ndarray", data)}))
+
+
+@pytest.mark.parametrize("key", ["raw.a:3,raw.a:0", "raw.a:3,raw.b:-0x-1", "raw.a:" + "9" * 30])
+def test_keys_that_describe_no_tensors_are_refused(key: str) -> None:
+    with pytest.raises(PackingError, match="does not hold the weights"):
+        unpack_state(ArrayRecord({key: Array(np.zeros(3, np.float32))}))
+
+
+def test_a_name_that_could_not_be_read_again_does_not_travel() -> None:
+    with pytest.raises(ValueError, match="joined by commas"):
+        pack_state({"raw.a,b": np.zeros(3, np.float32)})

@@ -185,7 +185,7 @@ def text_sampler(
 def require_text_to_image(folder: Path, prompts: Sequence[str]) -> type:
     """The pipeline's class. Raises `ValueError` if it draws from no such prompts, or would run code of the folder."""
     if not prompts:
-        raise ValueError(f"{folder} draws images from text: give it --prompts")
+        raise ValueError(f"{folder} draws images from text: give it --prompts (`ret-fl sample`: --prompt)")
     folder = pipeline_of(folder)
     name = _read_json(folder / "model_index.json").get("_class_name")
     try:

@@ -34,25 +34,31 @@ def load_folder(config: DataConfig) -> ImageSet:
     contents: list[object] = ["image-folder", describe_files(training, root)]
     files, relative, outside = training, [file.relative_to(root) for file in training], None
     names = [path.as_posix() for path in relative]
+    folders = [(root, training)]
     if config.held_out_path:
         others, beside = _images(config.held_out_path, "data.held-out-path"), Path(config.held_out_path).expanduser()
         contents.append(describe_files(others, beside))
         files, relative = training + others, relative + [file.relative_to(beside) for file in others]
         names += [file.as_posix() for file in others]
         outside = np.arange(len(files)) >= len(training)
+        folders.append((beside, others))
 
-    told = root / config.captions
-    captioned = bool(config.captions) and told.is_file()
+    captioned = bool(config.captions) and (root / config.captions).is_file()
 
     def find() -> Encoded:
         labels, num_classes = _classes(relative)
-        captions = _captions(told, names) if captioned else None
+        captions = None
+        if captioned:
+            each = [_captions(place / config.captions, place, images) for place, images in folders]
+            captions = tuple(own for part in each for own in part)
         return Encoded(
             len(files), lambda i: Image.open(files[i]), names.__getitem__, labels, num_classes, outside, captions
         )
 
     if captioned:
-        contents.append(describe_files([told], root))
+        contents += [
+            describe_files([told], told.parent) for place, _ in folders if (told := place / config.captions).is_file()
+        ]
     return decode_cached(contents, find, config)
 
 
@@ -67,16 +73,19 @@ def _images(path: str, setting: str) -> list[Path]:
     return files
 
 
-def _captions(path: Path, names: list[str]) -> Captions:
-    """The captions of images, given by their paths in the folder. Raises `ConfigError`.
+def _captions(path: Path, root: Path, images: list[Path]) -> Captions:
+    """The captions that a file gives the images below `root`, by their paths there. Raises `ConfigError`.
 
     The file holds an object from paths to a caption or a list of them. Its paths may begin elsewhere, as they do in the
     files of Somepalli et al.: their ends count.
     """
+    names = [image.relative_to(root).as_posix() for image in images]
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.captions: {path} cannot be read: {error}") from None
+        raise ConfigError(
+            f"data.captions: {path} cannot be read: {error}; data.captions='' trains without captions"
+        ) from None
     if not isinstance(told, dict):
         raise ConfigError(f"data.captions: {path} must hold one object, from the path of an image to its captions")
     depths = {len(PurePosixPath(name).parts) for name in names}
@@ -89,7 +98,10 @@ def _captions(path: Path, names: list[str]) -> Captions:
         own = told.get(name, by_end.get(name))
         own = [own] if isinstance(own, str) else own
         if not isinstance(own, list) or not own or not all(isinstance(text, str) for text in own):
-            raise ConfigError(f"data.captions: {path} gives {name} no caption (a text, or a list of some)")
+            raise ConfigError(
+                f"data.captions: {path} gives {name} no caption (a text, or a list of some); data.captions='' trains "
+                "without captions"
+            )
         captions.append(tuple(own))
     return tuple(captions)
 
