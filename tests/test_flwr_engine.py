@@ -89,7 +89,7 @@ def assert_nothing_is_left(mark: str) -> None:
 
 
 def test_flowers_engine_trains_the_same_model_as_the_inline_one(tmp_path: Path) -> None:
-    settings = TINY | {"agc.t-max": 1000, "wait-seconds": 60}
+    settings = TINY | {"agc.t-max": 1000, "wait-seconds": 300}
     answer = run_flwr(tmp_path / "flwr", settings)
     assert answer.code == 0, answer.stderr
     assert "round 2/2" in answer.stdout
@@ -110,7 +110,7 @@ def test_flowers_engine_trains_the_same_model_as_the_inline_one(tmp_path: Path) 
 def test_a_run_that_fails_under_flower_exits_with_the_reason(tmp_path: Path) -> None:
     """`flwr run` itself exits with 0 here."""
     diverging: Mapping[str, Scalar] = {"optimizer.lr": 1e12, "optimizer.warmup-steps": 0, "local-epochs": 4}
-    answer = run_flwr(tmp_path / "run", TINY | PLAIN | diverging | {"wait-seconds": 60})
+    answer = run_flwr(tmp_path / "run", TINY | PLAIN | diverging | {"wait-seconds": 300})
     assert answer.code == 1
     for words in ("optimizer.lr", "quorum", str(tmp_path / "run" / "flower.log")):
         assert words in answer.stderr
@@ -122,7 +122,7 @@ def test_a_run_that_fails_under_flower_exits_with_the_reason(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_killed_ray_actor_stops_the_run_with_the_reason_and_it_goes_on(tmp_path: Path) -> None:
     """Flower's simulation starts no actor anew: every later order fails, the quorum stops the run, --resume goes on."""
-    settings = TINY | PLAIN | {"wait-seconds": 60, "num-server-rounds": 4, "local-epochs": 60}
+    settings = TINY | PLAIN | {"wait-seconds": 300, "num-server-rounds": 4, "local-epochs": 60}
     out = tmp_path / "run"
 
     def kill_actors(mark: str) -> None:
@@ -153,7 +153,7 @@ def test_a_killed_ray_actor_stops_the_run_with_the_reason_and_it_goes_on(tmp_pat
 @pytest.mark.slow
 def test_ending_the_command_ends_all_that_it_started(tmp_path: Path) -> None:
     """SuperLink, Ray and its actors, though each has a session of its own; and the run can go on."""
-    answer = run_flwr(tmp_path / "run", TINY | {"wait-seconds": 60, "num-server-rounds": 500}, after_round=(1, None))
+    answer = run_flwr(tmp_path / "run", TINY | {"wait-seconds": 300, "num-server-rounds": 500}, after_round=(1, None))
     assert answer.code not in (0, 1)
     assert_nothing_is_left(answer.mark)
     assert load_latest(tmp_path / "run" / "checkpoints").round >= 1
