@@ -271,7 +271,7 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
             axes.set_xscale("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
             axes.set(xlim=(0, None), xlabel="copy rate (square-root axis)")
             axes.set_ylabel(f"{'Frechet distance' if quality == 'fd' else 'precision'} ({better})")
-            axes.xaxis.set_major_formatter(lambda v, _: f"{v:.1%}" if v < 0.02 else f"{v:.0%}")
+            axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g}%")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
         figure.suptitle(f"{dataset}; squares: equal images", x=0.99, ha="right", fontsize=9)
     return figure

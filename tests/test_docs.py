@@ -36,3 +36,10 @@ def test_every_fault_of_the_table_has_a_test_that_exists(row: str) -> None:
     for file, name in named_tests(tests):
         source = (ROOT / "tests" / file).read_text()
         assert re.search(rf"^def {name}", source, re.MULTILINE), f"{file} has no {name}..."
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
+def test_links_lead_to_files_that_are_there(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
