@@ -272,7 +272,7 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
             axes.set(xlim=(0, None), xlabel="copy rate (square-root axis)")
             axes.set_ylabel(f"{'Frechet distance' if quality == 'fd' else 'precision'} ({better})")
             axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g}%")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         figure.suptitle(f"{dataset}; squares: equal images", x=0.99, ha="right", fontsize=9)
     return figure
 
