@@ -27,7 +27,10 @@ def describe_row(row: dict[str, Any], total: int) -> str:
     if row["failures"]:
         text += f"  FAILED {row['failed_shards']}"
     if "held_out_loss" in row:
-        text += f"  model: train {row['train_loss']:.4f} held-out {row['held_out_loss']:.4f}"
+        train = f" train {row['train_loss']:.4f}" if "train_loss" in row else ""
+        text += f"  model:{train} held-out {row['held_out_loss']:.4f}"
+    if "epsilon" in row:
+        text += f"  epsilon {row['epsilon']:.4g}"
     return text
 
 

@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.events import FAILED, MOVED, ROUND, TRAINED
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
-from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, payload_bytes
+from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, clipping_norm, payload_bytes
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import (
     is_due,
@@ -168,7 +168,7 @@ class RedistributeEnsemble(Strategy):
         log(INFO, "\t│\t├── Shards: %s samples", ", ".join(map(str, self.ledger.sizes())))
         log(INFO, "\t│\t├── AGC: %s, mem-ratio %g, t < %d", c.agc.mode, c.agc.mem_ratio, c.agc.t_max)
         log(INFO, "\t│\t├── Redistribution: %s", c.redistribution.policy)
-        log(INFO, "\t│\t└── Averaging: %s, every %d rounds", type(self.base).__name__, c.aggregate_every)
+        log(INFO, "\t│\t└── Aggregation: %s, every %d rounds", c.aggregation.strategy, c.aggregate_every)
         self.base.summary()
 
     # Flower's hooks
@@ -192,9 +192,10 @@ class RedistributeEnsemble(Strategy):
         except FederationError as error:
             raise FederationError(f"round {round}: {error}. {self._how_to_resume()}") from None
         # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
-        list(self.base.configure_train(server_round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
+        list(self.base.configure_train(round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
         shards = range(self.ledger.num_shards)
-        orders = {shard: self.order(round, shard) for shard in shards}
+        norm = clipping_norm(config)
+        orders = {shard: replace(self.order(round, shard), clipping_norm=norm) for shard in shards}
         work = {shard: self.config.visits(len(order.ids)) for shard, order in orders.items()}
         messages = {
             shard: Message(
@@ -261,7 +262,7 @@ class RedistributeEnsemble(Strategy):
             )
         errands = self._open.errands
         reports = [report for _, report, _ in sound]
-        arrays, metrics = self._average(server_round, sound) if self.aggregates(round) else (None, None)
+        arrays, metrics = self._average(round, sound) if self.aggregates(round) else (None, None)
         for report in reports:
             self.ledger.absorb(report)
             shard = self.shards[report.shard]
@@ -342,15 +343,15 @@ class RedistributeEnsemble(Strategy):
         hello = self.roster.nodes.get(node)
         return hello.partition if hello else -1
 
-    def _average(self, server_round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def _average(self, round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         messages = [message for message, _, _ in sound]
         if self._open.mean.content is not None:
-            arrays, metrics = self._open.mean.through(self.base, server_round, messages[0])
+            arrays, metrics = self._open.mean.through(self.base, round, messages[0])
         else:
             for message, report, weights in sound:
                 assert weights is not None  # check_reply saw to it
-                message.content = base_content(weights, report)
-            arrays, metrics = self.base.aggregate_train(server_round, messages)
+                message.content = base_content(weights, report, private=self.config.private)
+            arrays, metrics = self.base.aggregate_train(round, messages)
             for message in messages:
                 message.content = RecordDict()
             gc.collect()  # all replies, which Flower has looked at (protocol.find)
