@@ -2,8 +2,8 @@
 
     python -m examples.dp_run [FOLDER]
 
-from a clone of ret-fl with the extra [dp]. Four shards share 48 digits; the update of each is clipped to norm 1, and noise
-is added to their mean. docs/differential-privacy.md says what the numbers mean.
+from a clone of ret-fl with the extra [dp]. Four shards share 48 digits; the update of each is clipped to norm 1,
+and noise is added to their mean. docs/differential-privacy.md says what the numbers mean.
 """
 
 from __future__ import annotations
