@@ -192,7 +192,9 @@ class RunConfig(Section):
             ),
             "agc.mode=off (the loss bank goes through the server)": self.agc.mode == "off",
             "quorum=1 (noise is made for the mean of all shards)": self.quorum == 1,
-            "samples=0 (an audit shows training images; `ret-fl audit` makes one on purpose)": self.samples == 0,
+            "samples=0, or dp.audit=true (an audit shows training images, which epsilon does not cover)": (
+                self.samples == 0 or self.dp.audit
+            ),
             f"aggregation.strategy={' or '.join(AFTER_NOISE)} (got {self.aggregation.strategy}: what one shard can "
             "change there has no known bound)": self.aggregation.strategy in AFTER_NOISE,
         }

@@ -222,14 +222,11 @@ class TrainReport:
         changed |= {"bank_values": order.bank_values, "bank_visits": order.bank_visits}
         return replace(self, loss=float("nan"), skip_rate=0.0, spread=0.0, **changed)
 
-    def is_silent(self) -> bool:
-        """Whether it tells nothing of its samples."""
-        told = [getattr(self, k).any() for k in self._LEVELS] + [
-            len(self.ids),
-            len(self.memorized),
-            len(self.high_loss),
-        ]
-        return math.isnan(self.loss) and not (self.skip_rate or self.spread or any(told))
+    def is_silent(self, order: TrainOrder) -> bool:
+        """Whether it tells nothing of the samples of its order."""
+        wanted = self.silenced(order)
+        same = all(np.array_equal(getattr(self, k), getattr(wanted, k)) for k in self._ARRAYS)
+        return same and math.isnan(self.loss) and not (self.skip_rate or self.spread)
 
     @classmethod
     def unpack(cls, record: RecordDict) -> tuple[TrainReport, ArrayRecord | None]:

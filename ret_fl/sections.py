@@ -353,3 +353,8 @@ class DpConfig(Section):
         description="Adaptive: standard deviation of the noise on how many were clipped; above noise-multiplier / 2. "
         "0: noise-multiplier, which makes the noise on weights 1.155 times what it says.",
     )
+    audit: bool = Field(
+        False,
+        description="Let the run end with an audit (samples above 0). It shows training images and tells of losses on "
+        "them: it is for the operator of the server, and epsilon does not cover it.",
+    )

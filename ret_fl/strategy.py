@@ -21,14 +21,16 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
+from ret_fl.aggregation import make_base
 from ret_fl.averaging import RunningMean, needs_the_mean_only
 from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.events import FAILED, MOVED, ROUND, TRAINED
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
+from ret_fl.privacy import wrapper_of
 from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, clipping_norm, payload_bytes
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import (
@@ -110,8 +112,8 @@ class RedistributeEnsemble(Strategy):
     run_key : str
         Names the clients' local state; a resumed run must give the same.
     base : Strategy, optional
-        Any Flower strategy that averages one ArrayRecord a reply: FedAvg (default), FedAdam, FedMedian, Krum, or
-        one of these inside a differential-privacy wrapper.
+        Any Flower strategy that averages one ArrayRecord a reply: FedAvg, FedAdam, FedMedian, Krum, ... By default
+        what `aggregation.*` and `dp.*` say (ret_fl/aggregation.py).
     roster : Roster, optional
         The nodes greeted so far.
     first_round : int
@@ -145,8 +147,10 @@ class RedistributeEnsemble(Strategy):
         self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
         self.run_key = run_key
         self.signer, self.frozen = signer, frozen
-        self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+        self.base = base or make_base(config)
         _refuse_to_wait(self.base, ledger.num_shards)
+        if config.private and wrapper_of(self.base) is None:
+            raise ValueError(f"dp.mode={config.dp.mode}, but the base adds no noise: take make_base(config)")
         self.first_round = first_round
         self.policies, self.quarantine = parse_policy(config.redistribution.policy)
         self.shards = banks or self._fresh_shards()
@@ -168,7 +172,7 @@ class RedistributeEnsemble(Strategy):
         log(INFO, "\t│\t├── Shards: %s samples", ", ".join(map(str, self.ledger.sizes())))
         log(INFO, "\t│\t├── AGC: %s, mem-ratio %g, t < %d", c.agc.mode, c.agc.mem_ratio, c.agc.t_max)
         log(INFO, "\t│\t├── Redistribution: %s", c.redistribution.policy)
-        log(INFO, "\t│\t└── Aggregation: %s, every %d rounds", c.aggregation.strategy, c.aggregate_every)
+        log(INFO, "\t│\t└── Averaging: %s, every %d rounds", type(self.base).__name__, c.aggregate_every)
         self.base.summary()
 
     # Flower's hooks

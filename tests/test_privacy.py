@@ -194,7 +194,8 @@ def test_the_noisy_count_is_accounted_for(tiny: Tiny, count_noise: float) -> Non
 def test_a_run_tells_epsilon_round_by_round(
     tiny: Tiny, tmp_path: Path, strategy: str, every: int, released: list[int]
 ) -> None:
-    more: Mapping[str, Scalar] = {
+    audited: Mapping[str, Scalar] = {"samples": 12, "sample-steps": 3, "dp.audit": True} if every == 1 else {}
+    more: Mapping[str, Scalar] = audited | {
         "num-server-rounds": 3, "aggregate-every": every, "aggregation.strategy": strategy, "evaluate-every": 3,
     }  # fmt: skip
     run = run_server(tiny(private("server-fixed", noise_multiplier=3.0, delta=1e-4), more), tmp_path / "run")
@@ -209,6 +210,8 @@ def test_a_run_tells_epsilon_round_by_round(
     training = background_of(run, load_splits_of(run.read_config())).training
     assert training is not None
     assert (training.epsilon, training.delta) == (rows[-1]["epsilon"], 1e-4)
+    if audited:
+        assert f"epsilon {rows[-1]['epsilon']:.4g} at delta" in (run.audit / "report.html").read_text()
     assert training.final_train_loss is None and training.final_held_out_loss == rows[-1]["held_out_loss"]
 
 
@@ -248,7 +251,7 @@ def test_reports_tell_nothing_of_samples(tiny: Tiny, federate: Federate, mode: s
     fed.run()
     assert len(seen.replies) == 4
     for report, _ in seen.replies:
-        assert report.is_silent() and math.isnan(report.loss) and report.images == report.num_examples
+        assert math.isnan(report.loss) and report.images == report.num_examples
         assert not any(getattr(report, name).size for name in ("ids", "memorized", "high_loss", "log_ratio_sum"))
         assert not any(getattr(report, name).any() for name in ("bin_mean", "level_draws", "bank_values"))
     assert not fed.strategy.ledger.visits.any() and not fed.strategy.ledger.draws.any()
@@ -268,6 +271,12 @@ def test_a_client_that_tells_of_its_samples_is_dropped(tiny: Tiny, federate: Fed
     config = tiny(private("server-fixed"))
     with pytest.raises(FederationError, match=r"shard 1: it tells of its samples, which dp.mode=server-fixed forbids"):
         federate(config, talking, base=make_base(config)).run()
+
+
+def test_a_base_without_noise_is_refused(tiny: Tiny, federate: Federate) -> None:
+    with pytest.raises(ValueError, match="the base adds no noise"):
+        federate(tiny(private("server-fixed")), base=FedAvg())
+    assert wrapper_of(federate(tiny(private("server-fixed"))).strategy.base) is not None
 
 
 def test_a_lost_shard_stops_the_run(tiny: Tiny, federate: Federate) -> None:
@@ -290,7 +299,7 @@ def test_a_lost_shard_stops_the_run(tiny: Tiny, federate: Federate) -> None:
         ({"data.duplicates": "weight"}, "data.duplicates=keep"),
         ({"agc.mode": "agc"}, "agc.mode=off"),
         ({"quorum": 0.5}, "quorum=1"),
-        ({"samples": 10}, "samples=0"),
+        ({"samples": 10}, r"samples=0, or dp\.audit=true"),
         ({"aggregation.strategy": "krum"}, r"aggregation.strategy=fedavg or fedavgm .* \(got krum"),
         ({"aggregation.strategy": "test_aggregation:halfway"}, r"\(got test_aggregation:halfway"),
         ({"dp.mode": "server-adaptive", "dp.count-noise": 0.5}, r"dp.count-noise \(0.5\) must be above half"),
