@@ -109,8 +109,7 @@ def test_two_runs_of_one_seed_have_different_noise(tiny: Tiny, federate: Federat
     assert np.abs(first - second).mean() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["server-adaptive", "client-adaptive"])
-@pytest.mark.parametrize(("first", "direction"), [(1e-3, 1), (1e3, -1)])
+@pytest.mark.parametrize(("mode", "first", "direction"), [("server-adaptive", 1e-3, 1), ("client-adaptive", 1e3, -1)])
 def test_an_adaptive_norm_goes_towards_the_quantile(
     tiny: Tiny, federate: Federate, mode: str, first: float, direction: int
 ) -> None:
