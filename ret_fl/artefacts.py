@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from logging import ERROR, INFO
 from typing import Any
@@ -81,7 +82,7 @@ def _summary(
     facts: list[tuple[str, str]] = [
         ("rounds", f"{last.get('round', 0)}, {config.shards} shards of {', '.join(map(str, ledger.sizes()))} samples"),
         ("images trained on", f"{sum(row['images'] for row in rows):,}"),
-        ("loss, last round", f"{last.get('loss', float('nan')):.4f}"),
+        ("loss, last round", "not told, under dp.mode" if config.private else f"{last.get('loss', math.nan):.4f}"),
         ("skipped, last round", f"{last.get('skip_rate', 0):.1%} of draws"),
         ("samples moved", f"{sum(row['moved'] for row in rows):,}"),
         ("in quarantine at the end", f"{int((ledger.probability < 1).sum()):,} of {len(ledger):,}"),

@@ -31,6 +31,7 @@ from ret_fl.checkpoint import Checkpoint, load_latest, save_checkpoint
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.packing import State
 from ret_fl.privacy import PrivacyLog, Release, ServerSideAdaptive, epsilon, joint, wrapper_of
+from ret_fl.progress import describe_row
 from ret_fl.protocol import REPORT, TrainOrder
 from ret_fl.strategy import FederationError
 
@@ -206,6 +207,7 @@ def test_a_run_tells_epsilon_round_by_round(
         assert math.isnan(row["loss"]) and "train_loss" not in row
     assert math.isfinite(rows[-1]["held_out_loss"])
     assert f"epsilon {rows[-1]['epsilon']:.4g} at delta 0.0001" in run.summary.read_text()
+    assert describe_row(rows[0], 3).startswith("round 1/3  no losses told  skipped")
     training = background_of(run, load_splits_of(run.read_config())).training
     assert training is not None
     assert (training.epsilon, training.delta) == (rows[-1]["epsilon"], 1e-4)
