@@ -152,8 +152,8 @@ def _require_enough_replies(name: str, strategy: FedAvg, config: RunConfig) -> N
     if fewest < needed:
         raise ConfigError(
             f"aggregation.strategy={name} needs {needed} replies a round {why}, and shards={config.shards} with "
-            f"quorum={config.quorum:g} may leave {fewest}: raise shards, quorum"
-            + (" or aggregation.options beta" if name == "fedtrimmedavg" else "")
+            f"quorum={config.quorum:g} may leave {fewest}: raise "
+            + ("shards, quorum or beta" if name == "fedtrimmedavg" else "shards or quorum")
         )
     if name == "multikrum":
         most, chosen = fewest - strategy.num_malicious_nodes - 2, strategy.num_nodes_to_select  # type: ignore[attr-defined]

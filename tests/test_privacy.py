@@ -104,6 +104,20 @@ def test_the_noise_is_as_large_as_it_says(tiny: Tiny, federate: Federate, mode: 
     assert abs(np.corrcoef(noise[:half], noise[half : 2 * half])[0, 1]) < 5 / math.sqrt(half)
 
 
+def test_a_server_optimizer_steps_after_the_noise_and_leaves_the_ema_alone(tiny: Tiny, federate: Federate) -> None:
+    """Half of the way to the noisy mean, in the raw weights: their noise is halved, that of the EMA is whole."""
+    half: Mapping[str, Scalar] = {
+        "aggregation.strategy": "fedavgm",
+        "aggregation.options": "server_momentum = 0.0, server_learning_rate = 0.5",
+        "num-server-rounds": 1,
+    }
+    fed = federate(tiny(private("server-fixed", noise_multiplier=5.0, clipping_norm=0.2), half))
+    final = fed.run()
+    for part, share in (("raw.", 0.5), ("ema.", 1.0)):
+        moved = np.concatenate([(final[k] - fed.start[k]).ravel() for k in final if k.startswith(part)])
+        assert moved.std() == pytest.approx(share * 5.0 * 0.2 / 2, rel=0.01)
+
+
 def test_two_runs_of_one_seed_have_different_noise(tiny: Tiny, federate: Federate) -> None:
     config = tiny(private("server-fixed"), {"num-server-rounds": 1})
     first, second = (vector(federate(config, base=make_base(config)).run()) for _ in range(2))
