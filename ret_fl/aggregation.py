@@ -70,18 +70,7 @@ def make_base(config: RunConfig) -> Strategy:
     name, options = config.aggregation.strategy, _parsed(config.aggregation.options)
     if name not in STRATEGIES:
         return _own(name, options)
-    made = STRATEGIES[name]
-    known = [p for p in inspect.signature(made).parameters if p not in _of_fedavg() and p not in UNUSED]
-    if odd := [option for option in options if option not in known]:
-        takes = f"takes {', '.join(known)}" if known else "takes none"
-        raise ConfigError(f"aggregation.options: {', '.join(odd)} unknown: aggregation.strategy={name} {takes}")
-    for option, value in options.items():
-        whole = isinstance(inspect.signature(made).parameters[option].default, int)
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise ConfigError(f"aggregation.options: {option} = {value!r} must be a {'whole ' if whole else ''}number")
-    options = {**DEFAULTS.get(name, {}), **options}
-    if made is MultiKrum:
-        options.setdefault("num_nodes_to_select", max(1, _fewest(config) - options["num_malicious_nodes"] - 2))
+    made, options = STRATEGIES[name], _completed(name, options, config)
     try:
         strategy = made(**NOBODY_WAITS, **options)  # type: ignore[arg-type]
         _require_enough_replies(name, strategy, config)
@@ -94,8 +83,22 @@ def make_base(config: RunConfig) -> Strategy:
     return with_noise(strategy, config)
 
 
-def _of_fedavg() -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(FedAvg).parameters
+def _completed(name: str, options: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The options with our defaults. Raises `ConfigError` for one that the class has not beyond those of FedAvg."""
+    shared = inspect.signature(FedAvg).parameters
+    taken = {k: p for k, p in inspect.signature(STRATEGIES[name]).parameters.items() if k not in (*shared, *UNUSED)}
+    if odd := [option for option in options if option not in taken]:
+        takes = f"takes {', '.join(taken) or 'none'}"
+        raise ConfigError(f"aggregation.options: {', '.join(odd)} unknown: aggregation.strategy={name} {takes}")
+    for option, value in options.items():
+        whole = isinstance(taken[option].default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise ConfigError(f"aggregation.options: {option} = {value!r} must be a {'whole ' if whole else ''}number")
+    completed = {**DEFAULTS.get(name, {}), **options}
+    if name == "multikrum":
+        most = _fewest(config) - completed["num_malicious_nodes"] - 2
+        completed.setdefault("num_nodes_to_select", max(1, most))
+    return completed
 
 
 def _parsed(text: str) -> dict[str, Any]:
