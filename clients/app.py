@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
+from ret_fl.clipping import clip_where_asked
 from ret_fl.config import RunConfig
 from ret_fl.data.partition import BY_SPEED
 from ret_fl.devices import resolve_device
@@ -85,7 +86,7 @@ def hello(message: Message, context: Context) -> Message:
     return Message(answer.pack(), reply_to=message)
 
 
-@app.train()
+@app.train(mods=[clip_where_asked])
 def train(message: Message, context: Context) -> Message:
     """Train one shard for one round."""
     order, weights = TrainOrder.unpack(message.content)

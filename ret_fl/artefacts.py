@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from logging import ERROR, INFO
 from typing import Any
@@ -76,12 +77,12 @@ def _summary(
     audit: Audit | str,
 ) -> str:
     last = rows[-1] if rows else {}
-    measured = [row for row in rows if "train_loss" in row]
+    measured = [row for row in rows if "held_out_loss" in row]
     lines = [f"# {config.name}", "", *_copy_lines(audit), "", "| | |", "|---|---|"]
     facts: list[tuple[str, str]] = [
         ("rounds", f"{last.get('round', 0)}, {config.shards} shards of {', '.join(map(str, ledger.sizes()))} samples"),
         ("images trained on", f"{sum(row['images'] for row in rows):,}"),
-        ("loss, last round", f"{last.get('loss', float('nan')):.4f}"),
+        ("loss, last round", "not told, under dp.mode" if config.private else f"{last.get('loss', math.nan):.4f}"),
         ("skipped, last round", f"{last.get('skip_rate', 0):.1%} of draws"),
         ("samples moved", f"{sum(row['moved'] for row in rows):,}"),
         ("in quarantine at the end", f"{int((ledger.probability < 1).sum()):,} of {len(ledger):,}"),
@@ -89,9 +90,12 @@ def _summary(
         ("sent to / from clients", f"{_size(rows, 'bytes_down')} / {_size(rows, 'bytes_up')}"),
         ("time in rounds", f"{sum(row['seconds'] for row in rows):.0f} s"),
     ]
-    if measured and "held_out_loss" in measured[-1]:
-        train, held = measured[-1]["train_loss"], measured[-1]["held_out_loss"]
-        facts.append(("loss of the final model, train / held-out", f"{train:.4f} / {held:.4f}"))
+    if measured:
+        train, held = measured[-1].get("train_loss"), measured[-1]["held_out_loss"]
+        told = f"{held:.4f}" if train is None else f"{train:.4f} / {held:.4f}"
+        facts.append(("loss of the final model, " + ("held-out" if train is None else "train / held-out"), told))
+    if "epsilon" in last:
+        facts.append(("differential privacy of a shard", f"epsilon {last['epsilon']:.4g} at delta {last['delta']:g}"))
     if data.unreadable:
         facts.append(("unreadable images skipped", f"{len(data.unreadable)}: {', '.join(data.unreadable[:5])}"))
     lines += [f"| {name} | {value} |" for name, value in facts]

@@ -7,6 +7,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedPro
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords, aggregate_metricrecords
 
 from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, TrainReport, base_content, find
+from ret_fl.serveroptimizer import ServerOptimizer
 
 HAND_ON_THE_MEAN = (FedAvg, FedProx)
 NEED_THE_MEAN_ONLY = (*HAND_ON_THE_MEAN, FedAvgM, FedAdam, FedYogi, FedAdagrad)
@@ -18,6 +19,8 @@ def needs_the_mean_only(base: Strategy) -> bool:
     So do Flower's own that average first. A median, Krum, clipping and whatever is derived from these classes are given
     all replies.
     """
+    if isinstance(base, ServerOptimizer):
+        return needs_the_mean_only(base.strategy)
     return (
         type(base) in NEED_THE_MEAN_ONLY
         and isinstance(base, FedAvg)

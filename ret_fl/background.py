@@ -20,7 +20,7 @@ def background_of(run: RunDir, data: AuditData) -> Background:
     config, rows = run.read_config(), run.rows()
     changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
     images = sum(row["images"] for row in rows)
-    measured = [row for row in rows if "train_loss" in row]
+    measured = [row for row in rows if "train_loss" in row or "held_out_loss" in row]
     last = measured[-1] if measured else {}
     skips = _skips_by_timestep(config, rows)
     training = schema.Training(
@@ -32,6 +32,8 @@ def background_of(run: RunDir, data: AuditData) -> Background:
         failures=sum(row["failures"] for row in rows),
         final_train_loss=last.get("train_loss"),
         final_held_out_loss=last.get("held_out_loss"),
+        epsilon=rows[-1].get("epsilon") if rows else None,
+        delta=rows[-1].get("delta") if rows else None,
         skips=schema.SkipCurve(timesteps=skips[0].tolist(), share=skips[1].tolist()) if skips else None,
     )
     groups = {}

@@ -11,10 +11,11 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -28,13 +29,19 @@ log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError, LedgerError)
 
 
+BASE = "base.safetensors"
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or there is none to go on from."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything the server needs to go on after `round`. frozen: as in `TrainOrder`."""
+    """Everything the server needs to go on after `round`. frozen: as in `TrainOrder`.
+
+    base: the aggregating strategy (`aggregation.strategy`) and base_state, what it keeps from round to round.
+    """
 
     round: int
     run_key: str
@@ -43,6 +50,8 @@ class Checkpoint:
     ledger: ShardLedger
     shards: list[ShardState]
     frozen: str = ""
+    base: str = ""
+    base_state: Mapping[str, NDArray] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -76,6 +85,8 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.weights.items()}, folder / "weights.safetensors")
+    if checkpoint.base_state:
+        save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.base_state.items()}, folder / BASE)
     checkpoint.ledger.save(folder / "ledger.npz")
     np.savez(
         folder / "banks.npz",
@@ -83,7 +94,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         visits=np.stack([s.bank_visits for s in checkpoint.shards]),
         proxy_round=np.array([s.proxy_round for s in checkpoint.shards]),
     )
-    state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen")}
+    state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen", "base")}
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for file in folder.iterdir():
         sync(file)
@@ -135,4 +146,6 @@ def _load(path: Path) -> Checkpoint:
         ledger=ShardLedger.load(path / "ledger.npz"),
         shards=shards,
         frozen=state.get("frozen", ""),
+        base=state.get("base", ""),
+        base_state=load_file(path / BASE) if (path / BASE).exists() else {},
     )

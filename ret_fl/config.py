@@ -21,8 +21,10 @@ from ret_fl.sections import (
     FINE_TUNING_RATE,
     LEARNING_RATES,
     AgcConfig,
+    AggregationConfig,
     DataConfig,
     DiffusionConfig,
+    DpConfig,
     EmaConfig,
     LoraConfig,
     ModelConfig,
@@ -36,6 +38,9 @@ from ret_fl.sections import (
     TextConfig,
     dashed,
 )
+
+AFTER_NOISE = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+"""Strategies of aggregation.strategy that take a mean, to which dp.mode adds noise, and go on from there."""
 
 Scalar = bool | int | float | str
 """What Flower can carry as one setting."""
@@ -122,6 +127,8 @@ class RunConfig(Section):
     taa: TaaConfig = TaaConfig.model_construct()
     redistribution: RedistributionConfig = RedistributionConfig.model_construct()
     quarantine: QuarantineConfig = QuarantineConfig.model_construct()
+    aggregation: AggregationConfig = AggregationConfig.model_construct()
+    dp: DpConfig = DpConfig.model_construct()
 
     @model_validator(mode="after")
     def _with_a_learning_rate(self) -> RunConfig:
@@ -165,7 +172,40 @@ class RunConfig(Section):
                 f"taa.mode={self.taa.mode} measures the distance to AGC's threshold: set agc.mode=agc "
                 f"(got {self.agc.mode})"
             )
+        if self.private:
+            self._require_what_dp_covers()
         return self
+
+    @property
+    def private(self) -> bool:
+        """Whether weights leave a round only with the noise of differential privacy."""
+        return self.dp.mode != "off"
+
+    def _require_what_dp_covers(self) -> None:
+        """Raise `ValueError` naming every setting by which something of a shard would get out beside its update."""
+        needed = {
+            "redistribution.policy=none (moves and quarantine let one shard's losses decide over another's samples)": (
+                self.redistribution.policy == "none"
+            ),
+            "data.duplicates=keep (an image's visits would depend on its copies in other shards)": (
+                self.data.duplicates == "keep"
+            ),
+            "agc.mode=off (the loss bank goes through the server)": self.agc.mode == "off",
+            "quorum=1 (noise is made for the mean of all shards)": self.quorum == 1,
+            "samples=0, or dp.audit=true (an audit shows training images, which epsilon does not cover)": (
+                self.samples == 0 or self.dp.audit
+            ),
+            f"aggregation.strategy={' or '.join(AFTER_NOISE)} (got {self.aggregation.strategy}: what one shard can "
+            "change there has no known bound)": self.aggregation.strategy in AFTER_NOISE,
+        }
+        missing = [setting for setting, fits in needed.items() if not fits]
+        if missing:
+            raise ValueError(f"dp.mode={self.dp.mode} needs {'; '.join(missing)}")
+        if "adaptive" in self.dp.mode and 0 < self.dp.count_noise <= self.dp.noise_multiplier / 2:
+            raise ValueError(
+                f"dp.count-noise ({self.dp.count_noise:g}) must be above half of dp.noise-multiplier "
+                f"({self.dp.noise_multiplier:g}), or 0 for as much as that"
+            )
 
     def visits(self, samples: int) -> int:
         """Images a proxy trains on in one round, on a shard of so many samples."""

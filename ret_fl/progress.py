@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from types import TracebackType
 from typing import Any
@@ -19,15 +20,19 @@ def describe_row(row: dict[str, Any], total: int) -> str:
     width = len(str(total))
     shards = " ".join(f"{row['shards'][s]['loss']:.3f}" for s in sorted(row["shards"], key=int)[:8])
     more = " ..." if len(row["shards"]) > 8 else ""
+    losses = f"loss {row['loss']:.4f}  shards {shards}{more}"
     text = (
-        f"round {row['round']:>{width}}/{total}  loss {row['loss']:.4f}  shards {shards}{more}  "
+        f"round {row['round']:>{width}}/{total}  {'no losses told' if math.isnan(row['loss']) else losses}  "
         f"skipped {row['skip_rate']:5.1%}  moved {row['moved']}  quarantine {row['quarantined']}  "
         f"{row['images_per_second']:,.0f} img/s"
     )
     if row["failures"]:
         text += f"  FAILED {row['failed_shards']}"
     if "held_out_loss" in row:
-        text += f"  model: train {row['train_loss']:.4f} held-out {row['held_out_loss']:.4f}"
+        train = f" train {row['train_loss']:.4f}" if "train_loss" in row else ""
+        text += f"  model:{train} held-out {row['held_out_loss']:.4f}"
+    if "epsilon" in row:
+        text += f"  epsilon {row['epsilon']:.4g}"
     return text
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
@@ -21,6 +23,7 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 ARRAYS, METRICS, ORDER, SAMPLES, REPORT = "arrays", "metrics", "order", "samples", "report"
 NUM_EXAMPLES = "num-examples"
+CLIPPING = "clipping"
 
 
 class ProtocolError(ValueError):
@@ -72,6 +75,7 @@ class TrainOrder:
     start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own.
     upload: whether the reply carries weights.
     frozen: fingerprint of pretrained weights that do not travel and must be the same on every node; '' for none.
+    clipping_norm: L2 norm that the client clips the change of its weights to; 0 does not clip.
     expires (seconds since 1970) and signature: the server's word to a sample service that this order may read its ids;
     description: what it has to know of the dataset (ret_fl/samples/records.py, as JSON); hashes: uint8 [n, 16], of each
     sample, so that the service need not be trusted. Without a signing key these are empty.
@@ -92,6 +96,7 @@ class TrainOrder:
     bank_values: Floats
     bank_visits: Ids
     frozen: str = ""
+    clipping_norm: float = 0.0
     expires: int = 0
     signature: bytes = b""
     description: str = ""
@@ -100,7 +105,7 @@ class TrainOrder:
     _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits", "hashes")
     _SCALARS = (
         *("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload"),
-        *("frozen", "expires", "signature", "description"),
+        *("frozen", "clipping_norm", "expires", "signature", "description"),
     )
 
     def pack(self, weights: ArrayRecord) -> RecordDict:
@@ -153,7 +158,8 @@ class TrainReport:
     bin_count: int64 [50], mean log-loss by noise level (low noise only); spread: of a single log-ratio. level_draws,
     level_skips: int64 [50], draws and AGC's skips by noise level, all of them.
     images went through forward and backward in `seconds`. moments: whether Adam's were carried over.
-    start: what training really began from, 'proxy' or 'global'.
+    start: what training really began from, 'proxy' or 'global'. clipped: whether the client's change was longer than
+    the order's clipping_norm. Under differential privacy a report tells no more than counts: see `silenced`.
     """
 
     shard: int
@@ -182,21 +188,12 @@ class TrainReport:
     bin_count: Ids
     level_draws: Ids
     level_skips: Ids
+    clipped: bool = False
 
     _PER_SAMPLE = ("ids", "visits", "skips", "draws", "log_ratio_sum", "strength")
-    _ARRAYS = (
-        *_PER_SAMPLE,
-        "memorized",
-        "memorized_score",
-        "high_loss",
-        "high_loss_score",
-        "bank_values",
-        "bank_visits",
-        "bin_mean",
-        "bin_count",
-        "level_draws",
-        "level_skips",
-    )
+    _TAILS = ("memorized", "memorized_score", "high_loss", "high_loss_score")
+    _LEVELS = ("bin_mean", "bin_count", "level_draws", "level_skips")
+    _ARRAYS = (*_PER_SAMPLE, *_TAILS, "bank_values", "bank_visits", *_LEVELS)
     _INTEGERS = (
         *("ids", "visits", "skips", "draws", "memorized", "high_loss"),
         *("bank_visits", "bin_count", "level_draws", "level_skips"),
@@ -218,6 +215,19 @@ class TrainReport:
             record[ARRAYS] = pack_state(weights)
         return record
 
+    def silenced(self, order: TrainOrder) -> TrainReport:
+        """Without anything that depends on the samples: no losses (NaN), no samples, the order's bank."""
+        changed: dict[str, Any] = {k: getattr(self, k)[:0] for k in (*self._PER_SAMPLE, *self._TAILS)}
+        changed |= {k: np.zeros_like(getattr(self, k)) for k in self._LEVELS}
+        changed |= {"bank_values": order.bank_values, "bank_visits": order.bank_visits}
+        return replace(self, loss=float("nan"), skip_rate=0.0, spread=0.0, **changed)
+
+    def is_silent(self, order: TrainOrder) -> bool:
+        """Whether it tells nothing of the samples of its order."""
+        wanted = self.silenced(order)
+        same = all(np.array_equal(getattr(self, k), getattr(wanted, k)) for k in self._ARRAYS)
+        return same and math.isnan(self.loss) and not (self.skip_rate or self.spread)
+
     @classmethod
     def unpack(cls, record: RecordDict) -> tuple[TrainReport, ArrayRecord | None]:
         """The report and the weights, if any. Raises `ProtocolError` for a malformed or impossible one."""
@@ -234,7 +244,8 @@ class TrainReport:
         if lists:
             raise ProtocolError(f"the report's {', '.join(lists)} must be single numbers")
         values = {key: float(cast(float, metrics[name])) for key, name in names.items()}
-        if not np.isfinite(list(values.values())).all():
+        silent = not arrays["ids"].size  # and says so by a loss of NaN; rounds.check_reply knows whether it may be
+        if not np.isfinite([v for k, v in values.items() if not (silent and k == "loss")]).all():
             raise ProtocolError(f"the report's metrics are not finite: {values}")
         weight = cast(float, metrics[NUM_EXAMPLES])
         if not 0 < weight < float("inf"):
@@ -250,6 +261,7 @@ class TrainReport:
         report = cls(
             num_examples=int(weight),
             images=int(values.pop("images")),
+            clipped=bool(metrics.get(KEY_NORM_BIT, 0)),
             **{k: scalars[k] for k in cls._SCALARS},  # type: ignore[arg-type]
             **values,  # type: ignore[arg-type]
             **{k: arrays[k] for k in cls._ARRAYS},  # type: ignore[arg-type]
@@ -257,10 +269,43 @@ class TrainReport:
         return report, find(record, ARRAYS, ArrayRecord)
 
 
-def base_content(weights: ArrayRecord, report: TrainReport) -> RecordDict:
-    """What the aggregating base strategy may see of a reply: one ArrayRecord and one MetricRecord."""
+def base_content(weights: ArrayRecord, report: TrainReport, *, private: bool = False) -> RecordDict:
+    """What the aggregating base strategy may see of a reply: one ArrayRecord and one MetricRecord.
+
+    private: all shards weigh the same, as the noise of differential privacy is made for, and no loss is told.
+    """
+    if private:
+        return RecordDict(
+            {ARRAYS: weights, METRICS: MetricRecord({NUM_EXAMPLES: 1, KEY_NORM_BIT: int(report.clipped)})}
+        )
     metrics = MetricRecord({NUM_EXAMPLES: report.num_examples, "loss": report.loss, "skip-rate": report.skip_rate})
     return RecordDict({ARRAYS: weights, METRICS: metrics})
+
+
+def clipping_norm(config: ConfigRecord) -> float:
+    """What a strategy's `configure_train` wrote for its clients' clipping mod into `config`; 0 if nothing."""
+    return float(cast(float, config.get(KEY_CLIPPING_NORM, 0.0)))
+
+
+def wanted_clipping(record: RecordDict) -> str | None:
+    """The `dp.mode` under which the client is to clip its reply to an order, or None if it is not."""
+    told = find(record, ORDER, ConfigRecord)
+    if told is None or not told.get("clipping_norm") or not told.get("upload"):
+        return None
+    return str(json.loads(str(told["config"]))["dp.mode"])
+
+
+def as_order_to_clip(record: RecordDict) -> RecordDict:
+    """An order as Flower's clipping mods know it."""
+    told = find(record, ORDER, ConfigRecord)
+    assert told is not None, "wanted_clipping found it"
+    norm = float(cast(float, told["clipping_norm"]))
+    return RecordDict({ARRAYS: _get(record, ARRAYS), CLIPPING: ConfigRecord({KEY_CLIPPING_NORM: norm})})
+
+
+def as_clipped_reply(record: RecordDict) -> RecordDict:
+    """The part of a reply that they clip and add to."""
+    return RecordDict({key: record[key] for key in (ARRAYS, METRICS)})
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,7 @@ def train_proxy(
     carried = state.moments if state is not None and config.optimizer.carry_moments else None
     trainer.load(state.weights if own and state and state.weights else weights, carried)
     trainer.rate = learning_rate(config, order.round)
+    trainer.stay_near(weights)
     trainer.unet.train()
     trainer.objective.prepare(store, torch.from_numpy(order.ids))
     seed = round_seed(config.seed, order.round, order.shard)
@@ -268,6 +269,8 @@ def train_proxy(
         )
     new_weights = trainer.weights()
     report = _report(order, round_, summary, time.monotonic() - began, own, carried is not None)
+    if config.private:
+        report = report.silenced(order)
     kept = ProxyState(trainer.moments(), None if order.upload else new_weights)
     return TrainedProxy(new_weights, report, kept)
 

@@ -17,6 +17,7 @@ from diffusers import ModelMixin
 from flwr.app import ArrayRecord, MetricRecord
 from torch.utils.tensorboard import SummaryWriter
 
+from ret_fl.aggregation import base_state
 from ret_fl.checkpoint import Checkpoint, save_checkpoint
 from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits
@@ -27,6 +28,7 @@ from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
 from ret_fl.packing import State, unpack_state
+from ret_fl.privacy import PrivacyLog, Release, wrapper_of
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
 from ret_fl.trainer import part_of
@@ -48,6 +50,7 @@ class RunRecorder:
         # the last average before this run was taken up again: what an uninterrupted one would remember
         self.evaluated = strategy.first_round - strategy.first_round % config.aggregate_every
         self._forget_rounds_after(strategy.first_round)
+        self.privacy = PrivacyLog(run.privacy)
         self.board = SummaryWriter(str(run.tensorboard), purge_step=strategy.first_round + 1)
 
     def _forget_rounds_after(self, round: int) -> None:
@@ -64,7 +67,7 @@ class RunRecorder:
             return None
         last = self.strategy.last
         assert last is not None, "aggregate_train comes before evaluate_fn"
-        row = last.row()
+        row = last.row() | self._privacy_spent()
         if last.aggregated and self._evaluates(last.round):
             row |= self._losses(weights)
             self.evaluated = last.round
@@ -82,9 +85,20 @@ class RunRecorder:
 
     def _checkpoint(self, round: int, weights: State) -> None:
         s = self.strategy
-        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards, s.frozen)
+        name, kept = self.config.aggregation.strategy, base_state(s.base)
+        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards, s.frozen, name, kept)
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
         s.ledger.save(self.run.ledger)
+
+    def _privacy_spent(self) -> dict[str, object]:
+        """The release of the round, noted, and what all of them come to; nothing without differential privacy."""
+        last, wrapper = self.strategy.last, wrapper_of(self.strategy.base)
+        if wrapper is None or not self.config.private or last is None:
+            return {}
+        if last.aggregated:
+            self.privacy.add(Release.of(wrapper, self.config, last.round))
+        spent = self.privacy.epsilon(self.config.dp.delta)
+        return {"epsilon": spent, "delta": self.config.dp.delta, "clipping_norm": wrapper.clipping_norm}
 
     def _evaluates(self, round: int) -> bool:
         """Every n rounds, or at the first average after that; and at the end."""
@@ -103,7 +117,8 @@ class RunRecorder:
         load_trained(unet, ema_state(weights))
         losses: dict[str, object] = {}
         for name, store in (("train_loss", self.data.train), ("held_out_loss", self.data.held_out)):
-            if len(store):
+            # differential privacy answers for what is told of training images, and this would go past it
+            if len(store) and not (self.config.private and store is self.data.train):
                 ids = _spread(store)
                 losses[name] = float(fixed_losses(unet, objective, store, ids).mean())
         return losses

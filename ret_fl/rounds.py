@@ -101,6 +101,10 @@ def check_reply(
         raise ProtocolError(f"it answers round {report.round}")
     if report.num_examples != len(order.ids):
         raise ProtocolError(f"it counts {report.num_examples} examples, the order had {len(order.ids)}")
+    if order.config.private and not report.is_silent(order):
+        raise ProtocolError(f"it tells of its samples, which dp.mode={order.config.dp.mode} forbids")
+    if not order.config.private and np.isnan(report.loss):
+        raise ProtocolError("its loss is not finite")
     for name in ("bank_values", "bank_visits"):
         told = getattr(report, name)
         if told.shape != getattr(state, name).shape or not np.isfinite(told).all():

@@ -25,6 +25,7 @@ class RunDir:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
+        self.privacy = self.path / "privacy.jsonl"
         self.ledger = self.path / "ledger.npz"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"

@@ -219,6 +219,12 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, ge=0, description="Global gradient norm is clipped to this; 0 does not clip.")
     carry_moments: bool = Field(True, description="Keep each shard's Adam moments from round to round on its client.")
+    proximal_mu: float = Field(
+        0.0,
+        ge=0,
+        description="FedProx (Li et al. 2020): every step's gradient is increased by this times the way the proxy has "
+        "come from the global weights; 0: off.",
+    )
 
 
 LEARNING_RATES = {"tiny": 1.2e-2, "small": 1e-3, "base": 5e-4, "ddpm-cifar": 2e-4, "ddpm-64": 2e-4}
@@ -311,3 +317,50 @@ class QuarantineConfig(Section):
     probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
     every: int = Field(1, ge=1, description="Choose anew every n rounds.")
     min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")
+
+
+class AggregationConfig(Section):
+    strategy: str = Field(
+        "fedavg",
+        min_length=1,
+        description="The Flower Strategy that makes one model of the proxies: fedavg, fedavgm, fedadam, fedyogi, "
+        "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum; or pkg.mod:Factory, a callable that returns one "
+        "(docs/aggregation.md).",
+    )
+    options: str = Field(
+        "",
+        description="What the strategy is made with, as inside a TOML table: 'eta = 0.01, tau = 1e-3'. Names are those "
+        "of Flower's class.",
+    )
+
+
+class DpConfig(Section):
+    mode: Literal["off", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive"] = Field(
+        "off",
+        description="Differential privacy of whole shards (docs/differential-privacy.md): who clips a proxy's update, "
+        "at a fixed norm or one that follows target-quantile. The server adds the noise in all of them.",
+    )
+    noise_multiplier: float = Field(
+        1.0, gt=0, description="z. Noise of standard deviation z * norm / shards is added to the averaged weights."
+    )
+    clipping_norm: float = Field(
+        1.0,
+        gt=0,
+        description="L2 norm that a proxy's update (raw and EMA weights together) is clipped to; adaptive: at first.",
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="The delta that epsilon is told for.")
+    target_quantile: float = Field(
+        0.5, ge=0, le=1, description="Adaptive: the share of shards whose update should be clipped."
+    )
+    norm_rate: float = Field(0.2, gt=0, description="Adaptive: how fast the norm follows, in powers of e a round.")
+    count_noise: float = Field(
+        0.0,
+        ge=0,
+        description="Adaptive: standard deviation of the noise on how many were clipped; above noise-multiplier / 2. "
+        "0: noise-multiplier, which makes the noise on weights 1.155 times what it says.",
+    )
+    audit: bool = Field(
+        False,
+        description="Let the run end with an audit (samples above 0). It shows training images and tells of losses on "
+        "them: it is for the operator of the server, and epsilon does not cover it.",
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
 
-FIXED = ("shards", "seed", "data.", "partition.", "model.", "lora.", "diffusion.", "agc.bins")
+FIXED = ("shards", "seed", "data.", "partition.", "model.", "lora.", "diffusion.", "agc.bins", "dp.mode")
 """What a resumed run cannot change: its checkpoint was made with it."""
 MOVABLE = (
     "data.path",

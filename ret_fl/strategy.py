@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import INFO, WARNING
 from typing import Any, cast
 
@@ -21,15 +21,17 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
+from ret_fl.aggregation import make_base
 from ret_fl.averaging import RunningMean, needs_the_mean_only
 from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.events import FAILED, MOVED, ROUND, TRAINED
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
-from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, payload_bytes
+from ret_fl.privacy import wrapper_of
+from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, clipping_norm, payload_bytes
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import (
     is_due,
@@ -110,8 +112,8 @@ class RedistributeEnsemble(Strategy):
     run_key : str
         Names the clients' local state; a resumed run must give the same.
     base : Strategy, optional
-        Any Flower strategy that averages one ArrayRecord a reply: FedAvg (default), FedAdam, FedMedian, Krum, or
-        one of these inside a differential-privacy wrapper.
+        Any Flower strategy that averages one ArrayRecord a reply: FedAvg, FedAdam, FedMedian, Krum, ... By default
+        what `aggregation.*` and `dp.*` say (ret_fl/aggregation.py).
     roster : Roster, optional
         The nodes greeted so far.
     first_round : int
@@ -145,8 +147,10 @@ class RedistributeEnsemble(Strategy):
         self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
         self.run_key = run_key
         self.signer, self.frozen = signer, frozen
-        self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+        self.base = base or make_base(config)
         _refuse_to_wait(self.base, ledger.num_shards)
+        if config.private and wrapper_of(self.base) is None:
+            raise ValueError(f"dp.mode={config.dp.mode}, but the base adds no noise: take make_base(config)")
         self.first_round = first_round
         self.policies, self.quarantine = parse_policy(config.redistribution.policy)
         self.shards = banks or self._fresh_shards()
@@ -192,9 +196,10 @@ class RedistributeEnsemble(Strategy):
         except FederationError as error:
             raise FederationError(f"round {round}: {error}. {self._how_to_resume()}") from None
         # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
-        list(self.base.configure_train(server_round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
+        list(self.base.configure_train(round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
         shards = range(self.ledger.num_shards)
-        orders = {shard: self.order(round, shard) for shard in shards}
+        norm = clipping_norm(config)
+        orders = {shard: replace(self.order(round, shard), clipping_norm=norm) for shard in shards}
         work = {shard: self.config.visits(len(order.ids)) for shard, order in orders.items()}
         messages = {
             shard: Message(
@@ -261,7 +266,7 @@ class RedistributeEnsemble(Strategy):
             )
         errands = self._open.errands
         reports = [report for _, report, _ in sound]
-        arrays, metrics = self._average(server_round, sound) if self.aggregates(round) else (None, None)
+        arrays, metrics = self._average(round, sound) if self.aggregates(round) else (None, None)
         for report in reports:
             self.ledger.absorb(report)
             shard = self.shards[report.shard]
@@ -342,15 +347,15 @@ class RedistributeEnsemble(Strategy):
         hello = self.roster.nodes.get(node)
         return hello.partition if hello else -1
 
-    def _average(self, server_round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def _average(self, round: int, sound: list[Sound]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         messages = [message for message, _, _ in sound]
         if self._open.mean.content is not None:
-            arrays, metrics = self._open.mean.through(self.base, server_round, messages[0])
+            arrays, metrics = self._open.mean.through(self.base, round, messages[0])
         else:
             for message, report, weights in sound:
                 assert weights is not None  # check_reply saw to it
-                message.content = base_content(weights, report)
-            arrays, metrics = self.base.aggregate_train(server_round, messages)
+                message.content = base_content(weights, report, private=self.config.private)
+            arrays, metrics = self.base.aggregate_train(round, messages)
             for message in messages:
                 message.content = RecordDict()
             gc.collect()  # all replies, which Flower has looked at (protocol.find)

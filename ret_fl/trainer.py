@@ -63,6 +63,7 @@ class ProxyTrainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
         self.step_count = 0
         self.rate = config.optimizer.lr
+        self.anchor: list[Tensor] | None = None
 
     @torch.no_grad()
     def _update_ema(self, took_step: Tensor) -> None:
@@ -90,6 +91,21 @@ class ProxyTrainer:
             for name, parameter in self.parameters.items():
                 self.optimizer.state[parameter] = moments.of(name, parameter)
 
+    def stay_near(self, weights: State) -> None:
+        """FedProx: pull steps towards the raw weights of a state by `optimizer.proximal-mu`; at 0 nothing is done."""
+        if self.config.optimizer.proximal_mu:
+            near = part_of(weights, "raw.")
+            self.anchor = [near[name].to(self.device) for name in self.parameters]
+
+    @torch.no_grad()
+    def _add_proximal_gradient(self) -> None:
+        """grad += mu (w - w_global), of the term mu / 2 |w - w_global|^2 that FedProx adds to the loss."""
+        if self.anchor is None:
+            return
+        for parameter, near in zip(self.parameters.values(), self.anchor, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - near, alpha=self.config.optimizer.proximal_mu)
+
     def weights(self) -> State:
         """The raw and EMA weights as float32 arrays."""
         return state_of(self.parameters, self.ema)
@@ -103,7 +119,7 @@ class ProxyTrainer:
         self.scaler.scale(loss).backward()
 
     def step(self, any_kept: Tensor, divisor: Tensor | None = None) -> None:
-        """Clip, AdamW, EMA. Where nothing was kept (bool scalar) weights, moments and EMA stay.
+        """Proximal term, clip, AdamW, EMA. Where nothing was kept (bool scalar) weights, moments and EMA stay.
 
         divisor: what gradients are divided by first, where losses were summed up rather than averaged.
         """
@@ -115,6 +131,7 @@ class ProxyTrainer:
         self.scaler.unscale_(self.optimizer)
         if divisor is not None:
             torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], divisor)
+        self._add_proximal_gradient()
         if settings.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.parameters.values(), settings.grad_clip)
         if self.scaler.is_enabled():

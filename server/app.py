@@ -11,7 +11,9 @@ import numpy as np
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 
+from ret_fl.aggregation import make_base, restore_base
 from ret_fl.artefacts import finish
 from ret_fl.checkpoint import Checkpoint, any_checkpoint, load_latest
 from ret_fl.config import ConfigError, RunConfig
@@ -54,6 +56,7 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     # a run that did not get as far as its first checkpoint is begun anew
     begun = any_checkpoint(run.checkpoints) or bool(run.rows())
     checkpoint: Checkpoint | None = load_latest(run.checkpoints) if begun else None
+    base = make_base(config)
     resolve_device(config.device)
     limit_threads(config.threads)
     check_pretrained_schedule(config.model, config.diffusion)
@@ -69,9 +72,9 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
     roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
     if checkpoint:
-        strategy, weights = _resumed(config, data, roster, checkpoint)
+        strategy, weights = _resumed(config, data, roster, checkpoint, base)
     else:
-        strategy, weights = fresh_strategy(config, data, roster, roster.alive(grid))
+        strategy, weights = fresh_strategy(config, data, roster, roster.alive(grid), base)
     recorder = RunRecorder(run, config, strategy, data)
     remaining = config.num_server_rounds - strategy.first_round
     arrays = pack_state(weights)
@@ -92,7 +95,7 @@ def _warn_of_ignored(asked: RunConfig, stored: RunConfig) -> None:
 
 
 def fresh_strategy(
-    config: RunConfig, data: DataSplits, roster: Roster, nodes: Sequence[int]
+    config: RunConfig, data: DataSplits, roster: Roster, nodes: Sequence[int], base: Strategy | None = None
 ) -> tuple[RedistributeEnsemble, State]:
     """Strategy and first weights of a new run. nodes: those that are there, for shards as large as they are fast."""
     train = data.train
@@ -110,6 +113,7 @@ def fresh_strategy(
         fingerprint=train.fingerprint,
         content=train.content_hashes,
         run_key=uuid.uuid4().hex,
+        base=base,
         roster=roster,
         signer=_signer(config, data),
         frozen=model.frozen,
@@ -131,15 +135,25 @@ def _refuse_other_model(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def _resumed(
-    config: RunConfig, data: DataSplits, roster: Roster, checkpoint: Checkpoint
+    config: RunConfig, data: DataSplits, roster: Roster, checkpoint: Checkpoint, base: Strategy
 ) -> tuple[RedistributeEnsemble, State]:
     log(INFO, "going on after round %d", checkpoint.round)
+    if checkpoint.base == config.aggregation.strategy:
+        restore_base(base, checkpoint.base_state)
+    else:
+        log(
+            WARNING,
+            "%s goes on from %s's weights, with no state of its own",
+            config.aggregation.strategy,
+            checkpoint.base or "an earlier version",
+        )
     strategy = RedistributeEnsemble(
         checkpoint.ledger,
         config,
         fingerprint=checkpoint.fingerprint,
         content=data.train.content_hashes,
         run_key=checkpoint.run_key,
+        base=base,
         roster=roster,
         first_round=checkpoint.round,
         banks=checkpoint.shards,

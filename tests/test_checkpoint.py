@@ -121,7 +121,7 @@ def test_a_damaged_config_is_named(stopped: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [("shards", 3), ("data.limit", 30), ("data.source", "mnist"), ("seed", 7), ("model.preset", "small"),
-     ("partition.scheme", "shuffled"), ("agc.bins", 10), ("diffusion.timesteps", 500)],
+     ("partition.scheme", "shuffled"), ("agc.bins", 10), ("diffusion.timesteps", 500), ("dp.mode", "server-fixed")],
 )  # fmt: skip
 def test_what_the_checkpoint_was_made_with_cannot_change(stopped: Path, key: str, value: Scalar) -> None:
     before = (stopped / "config.json").read_text()

@@ -45,6 +45,7 @@ class PlainLoop:
             self.unet.parameters(), weight_decay=config.optimizer.weight_decay, fused=True
         )
         self.steps = 0
+        self.near = [p.detach().clone() for p in self.unet.parameters()]
 
     def round(self, order: TrainOrder) -> None:
         settings = self.config.optimizer
@@ -58,6 +59,9 @@ class PlainLoop:
             noise = torch.randn_like(images)
             noisy = self.noise.add_noise(images, noise, t).contiguous(memory_format=torch.channels_last)
             loss = (self.unet(noisy, t).sample - noise).square().mean()
+            if settings.proximal_mu:
+                far = sum((p - g).square().sum() for p, g in zip(self.unet.parameters(), self.near, strict=True))
+                loss = loss + settings.proximal_mu / 2 * far
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.unet.parameters(), settings.grad_clip)
@@ -85,6 +89,39 @@ def test_without_mitigation_a_round_equals_a_plain_training_loop(tiny: Tiny) -> 
     trained = train(config, order).weights
     assert_close_states(trained, plain.state(), 1e-6)
     assert differ(trained, fresh_weights(config))
+
+
+@pytest.mark.parametrize("mu", [0.01, 3.0])
+def test_the_proximal_term_is_that_of_fedprox(tiny: Tiny, mu: float) -> None:
+    """Against mu / 2 |w - w_global|^2 added to the loss, by autograd; and it keeps proxies nearer."""
+    free = tiny(PLAIN, {"local-epochs": 3, "diffusion.prediction": "epsilon"})
+    config = tiny(PLAIN, {"local-epochs": 3, "diffusion.prediction": "epsilon", "optimizer.proximal-mu": mu})
+    order, start = make_order(config), fresh_weights(config)
+    plain = PlainLoop(config)
+    plain.round(order)
+    trained, unbound = train(config, order).weights, train(free, make_order(free)).weights
+    assert_close_states(trained, plain.state(), 2e-6)
+    assert differ(trained, unbound)
+
+    def distance(state: State) -> float:
+        return sum(float(np.square(state[k] - start[k]).sum()) for k in start if k.startswith("raw."))
+
+    assert distance(trained) < distance(unbound)
+
+
+def test_a_proxy_that_goes_on_is_pulled_to_the_global_weights(tiny: Tiny) -> None:
+    """Between averages it starts from its own weights, which are not what FedProx measures from."""
+    config = tiny(PLAIN, {"optimizer.proximal-mu": 50.0, "local-epochs": 4, "optimizer.grad-clip": 0.0})
+    held = train(tiny(PLAIN, {"local-epochs": 4}), make_order(tiny(PLAIN), upload=False))
+    assert held.state.weights is not None
+    start = fresh_weights(config)
+    on = train(config, make_order(config, round=2, start="proxy"), start, held.state)
+
+    def distance(state: State) -> float:
+        return sum(float(np.square(state[k] - start[k]).sum()) for k in start if k.startswith("raw."))
+
+    assert on.report.start == "proxy"
+    assert distance(on.weights) < 0.5 * distance(held.state.weights)
 
 
 def test_carried_moments_make_three_rounds_one_training_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -108,7 +108,13 @@ def test_settings_that_do_nothing_do_not_tell_trainings_apart() -> None:
         return RunConfig.from_flat({"redistribution.policy": "none"} | changes)
 
     plain = config()
-    for idle in ({"agc.mem-ratio": 3.0}, {"quarantine.z": -1.0}, {"taa.kappa": 2.0}, {"redistribution.fraction": 0.3}):
+    for idle in (
+        {"agc.mem-ratio": 3.0},
+        {"quarantine.z": -1.0},
+        {"taa.kappa": 2.0},
+        {"redistribution.fraction": 0.3},
+        {"dp.delta": 0.1},
+    ):
         assert same_training(plain, config(**idle))
     assert same_training(plain, config(seed=3))
     for change in ({"agc.mode": "agc"}, {"redistribution.policy": "quarantine"}, {"optimizer.lr": 0.1}):

@@ -266,7 +266,10 @@ class SkipCurve(Part):
 
 
 class Training(Part):
-    """What a run's folder tells: settings off their defaults, and metrics.jsonl reduced to what the report draws."""
+    """What a run's folder tells: settings off their defaults, and metrics.jsonl reduced to what the report draws.
+
+    epsilon, delta: differential privacy of a whole shard, of a run that has it.
+    """
 
     settings: dict[str, bool | int | float | str]
     rounds: int
@@ -277,6 +280,8 @@ class Training(Part):
     final_train_loss: float | None
     final_held_out_loss: float | None
     skips: SkipCurve | None = None
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 class Audit(Part):

@@ -159,6 +159,10 @@ on; below {{ "%g" | format(threshold) }} the sample counts as a copy.{% endif %}
   ("failed shard rounds", "{:,}".format(t.failures)),
   ("final loss, training / held-out images", (t.final_train_loss | number) ~ " / " ~ (t.final_held_out_loss | number)),
 ]) }}
+{% if t.epsilon is not none %}
+<p>Differential privacy of a whole shard: epsilon {{ "{:.4g}".format(t.epsilon) }} at delta
+{{ "{:g}".format(t.delta) }}. It is of the weights; this report is made from the training images and is not covered.</p>
+{% endif %}
 {% endif %}
 {% if curves %}<div class="charts">{% for c in curves %}{{ chart(c) }}{% endfor %}</div>{% endif %}
 </section>
