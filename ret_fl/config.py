@@ -66,7 +66,15 @@ class RunConfig(Section):
         "its batch. It changes memory and time, not the result. 0: the whole batch.",
     )
     aggregate_every: int = Field(
-        1, ge=1, description="Average the proxies every n-th round; 2 is the paper's swap between aggregations."
+        1,
+        ge=0,
+        description="Average the proxies every n-th round; 2 is the paper's swap between aggregations. 0: never, they "
+        "stay K models from the common start on, an ensemble (docs/method.md).",
+    )
+    ensemble: Literal["choose", "average"] = Field(
+        "choose",
+        description="With aggregate-every=0, how images are drawn at the end: each from one proxy, chosen by share of "
+        "samples; or from the average of all K predictions at every denoising step.",
     )
     report: Literal["full", "tails"] = Field(
         "full", description="What a client tells of its samples: all of them, or only the two tails of its losses."
@@ -75,7 +83,10 @@ class RunConfig(Section):
     samples: int = Field(256, ge=0, description="Images drawn from the final model; 0: none, and no copy rate.")
     sample_steps: int = Field(50, ge=1, description="DDIM steps a drawn image takes.")
     evaluate_every: int = Field(
-        5, ge=0, description="Measure train and held-out loss of the averaged model every n rounds; 0: never."
+        5,
+        ge=0,
+        description="Measure train and held-out loss of the averaged model every n rounds (with aggregate-every=0 the "
+        "mean of the proxies'); 0: never.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="How many rounds back a run can be resumed from.")
     min_nodes: int = Field(1, ge=1, description="Clients needed in every round; more shards than clients take turns.")
@@ -153,6 +164,11 @@ class RunConfig(Section):
             raise ValueError("partition.path is set but not read: set partition.scheme=file")
         if self.lora.rank and not self.model.init_from:
             raise ValueError("lora.rank adapts a pretrained text-to-image model: name its folder in model.init-from")
+        if self.ensemble != "choose" and self.averages:
+            raise ValueError(
+                f"ensemble={self.ensemble} draws from proxies that were kept apart: set aggregate-every=0 (got "
+                f"{self.aggregate_every})"
+            )
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
         if self.agc.warm_passes and self.agc.mode != "agc":
@@ -166,6 +182,11 @@ class RunConfig(Section):
                 f"(got {self.agc.mode})"
             )
         return self
+
+    @property
+    def averages(self) -> bool:
+        """Whether proxies are ever averaged; if not, the run ends with K models."""
+        return self.aggregate_every > 0
 
     def visits(self, samples: int) -> int:
         """Images a proxy trains on in one round, on a shard of so many samples."""

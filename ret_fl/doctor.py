@@ -212,8 +212,9 @@ def check_server_memory(needed: int) -> Finding:
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
-    """Bytes of the checkpoints a run keeps, one more while it is written, and the final model."""
-    return (config.keep_checkpoints + 1) * 2 * parameters * FLOAT + parameters * FLOAT
+    """Bytes of the checkpoints a run keeps, one more while it is written, and the final model, or models."""
+    kept, models = (1, 1) if config.averages else (1 + config.shards, config.shards)
+    return ((config.keep_checkpoints + 1) * 2 * kept + models) * parameters * FLOAT
 
 
 def client_state_bytes(config: RunConfig, parameters: int) -> int:

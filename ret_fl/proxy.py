@@ -230,7 +230,7 @@ def train_proxy(
     kind: str,
     state: ProxyState | None,
 ) -> TrainedProxy:
-    """Train `order` starting from the global `weights`, or from this client's own proxy where the order says so.
+    """Train `order` starting from the `weights` sent along, or from this client's own proxy where the order says so.
 
     kind: 'glyph' or 'photo', what augmentation 'auto' means. state: what this client kept of the shard, if it has it.
     Raises `ProxyDivergedError` if the loss is not finite.
@@ -296,7 +296,7 @@ def _report(
         loss=summary.loss,
         skip_rate=summary.skip_rate,
         spread=summary.spread,
-        start="proxy" if own else "global",
+        start="proxy" if own else "sent" if order.start == "sent" else "global",
         moments="carried" if carried else "fresh",
         ids=ids[told],
         visits=visits[told],

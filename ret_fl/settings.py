@@ -113,6 +113,11 @@ def change_run(path: Path, settings: Mapping[str, Scalar]) -> tuple[RunDir, RunC
             "start a new run to change that"
         )
     config = RunConfig.from_flat(before | dict(settings))
+    if config.averages != RunConfig.from_flat(before).averages:
+        raise ConfigError(
+            f"a resumed run keeps its proxies together or apart: aggregate-every={before['aggregate-every']} cannot "
+            f"become {config.aggregate_every}; start a new run to change that"
+        )
     if settings:
         run.write_config(config)
     return run, config

@@ -149,6 +149,7 @@ def run_audit(
             guidance=generated.guidance,
             image_size=generated.image_size,
             channels=generated.channels,
+            ensemble=generated.ensemble,
         ),
         data=_data_info(data),
         replication=copies,

@@ -41,6 +41,11 @@ def require_captions(config: RunConfig, train: SampleStore) -> None:
             "captions.json into the image folder (data.captions), or name the column of an hf dataset in "
             "data.caption-column"
         )
+    if text and not config.averages:
+        raise ConfigError(
+            "aggregate-every=0 keeps a whole pipeline a shard, and images cannot be drawn from several text-to-image "
+            "pipelines: set aggregate-every=1 or more"
+        )
     if text and config.service.address:
         raise ConfigError("service.address: a sample service serves no captions, give each node the data itself")
     if config.lora.rank and not text:
