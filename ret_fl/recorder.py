@@ -27,6 +27,7 @@ from ret_fl.diffusion.objective import Objective
 from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
+from ret_fl.history import forget_phases_after, phase_of, save_phase
 from ret_fl.packing import State, unpack_state
 from ret_fl.rounds import proxy_weights
 from ret_fl.rundir import RunDir
@@ -56,6 +57,7 @@ class RunRecorder:
         """A resumed run does rounds again whose rows may be there already."""
         rows = [row for row in self.run.rows() if row["round"] <= round]
         write_atomically(self.run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        forget_phases_after(self.run.history, round)
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Record the round Flower has just finished; 0 is the state before the first."""
@@ -70,6 +72,7 @@ class RunRecorder:
         if (last.aggregated or not self.config.averages) and self._evaluates(last.round):
             row |= self._losses(weights)
             self.evaluated = last.round
+        save_phase(self.run.history, phase_of(last, self.strategy.ledger))
         # the row first: a round without checkpoint is done again and its row taken back, a lost row stays lost
         with self.run.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")

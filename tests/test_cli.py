@@ -292,7 +292,7 @@ def test_the_code_in_the_summary_draws_without_ret_fl(tmp_path: Path, fold: int)
 
 def test_a_run_leaves_only_what_is_documented(run_dir: Path) -> None:
     files = "config.json metrics.jsonl events.jsonl ledger.npz samples.npy samples.png copies.png curves.png summary.md"
-    expected = {*files.split(), "flower.log", "checkpoints", "final", "tb", "proxies", "audit"}
+    expected = {*files.split(), "flower.log", "checkpoints", "final", "history", "tb", "proxies", "audit"}
     assert {p.name for p in run_dir.iterdir()} == expected
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["round-00001", "round-00002"]
 
