@@ -20,11 +20,11 @@ from ret_fl.audit.tables import VARIANTS
 from ret_fl.audit.verdict import verdict
 from ret_fl.audit.words import percent, with_interval
 from ret_fl.auditing import Drawing, data_of, draw, measure
-from ret_fl.config import RunConfig, describe
+from ret_fl.config import RunConfig, off_default
 from ret_fl.data.sources import DataSplits
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import fold_factor
-from ret_fl.diffusion.text_to_image import is_text_to_image
+from ret_fl.diffusion.text_to_image import is_stable_diffusion
 from ret_fl.handover import save_model
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State
@@ -117,7 +117,7 @@ def _summary(
             "",
         ]
     lines += _how_to_open(config, data)
-    changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
+    changed = off_default(config)
     lines += ["## Settings that differ from the defaults", ""]
     lines += [f"- `{s.key} = {s.value!r}`" for s in changed if s.key not in ("out", "resume", "state-dir")]
     return "\n".join(lines) + "\n"
@@ -155,7 +155,7 @@ def _size(rows: list[dict[str, Any]], key: str) -> str:
 
 def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
     more = ["More images, from this folder: `ret-fl sample . --count 64 --out more.png`.", ""]
-    if is_text_to_image(config.model.init_from):
+    if is_stable_diffusion(config.model.init_from):
         return _how_to_draw_from_text(config, data)
     final = "final" if config.averages else "final/shard-0"
     whose = "" if config.averages else f"  # one of {config.shards} proxies"

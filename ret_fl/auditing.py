@@ -26,7 +26,7 @@ from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.dataspec import builtin_splits, is_builtin, require_named, source_of
-from ret_fl.diffusion.text_to_image import is_text_to_image as is_stable_diffusion
+from ret_fl.diffusion.text_to_image import data_read, is_stable_diffusion
 from ret_fl.rundir import RunDir
 
 SAMPLES = "samples"
@@ -69,7 +69,7 @@ def training_prompts(config: RunConfig, count: int) -> tuple[str, ...]:
     """
     if not is_stable_diffusion(config.model.init_from):
         return ()
-    captions = load_splits(config.data).train.captions
+    captions = load_splits(data_read(config)).train.captions
     if captions is None:
         raise ConfigError("data.captions: the run's images have lost their captions, which are its prompts")
     chosen = np.random.default_rng(PROMPT_SEED).integers(len(captions), size=count)
@@ -302,7 +302,7 @@ def open_data(
 
 def data_of(config: RunConfig) -> AuditData:
     """The data of a run."""
-    return _from_splits(config.data.path or config.data.source, load_splits(config.data))
+    return _from_splits(config.data.path or config.data.source, load_splits(data_read(config)))
 
 
 def _from_splits(source: str, splits: DataSplits) -> AuditData:

@@ -17,6 +17,7 @@ from ret_fl.auditing import Drawing, Drawn, check_before_drawing, draw, is_run, 
 from ret_fl.checkpoint import checkpoints
 from ret_fl.config import ConfigError
 from ret_fl.data.sources import load_splits
+from ret_fl.diffusion.text_to_image import data_read
 from ret_fl.handover import save_model
 from ret_fl.rundir import RunDir
 
@@ -118,7 +119,7 @@ def checkpoint_models(models: Sequence[Path], folder: Path) -> list[Path]:
 
 def _save_checkpoints(run: RunDir, folder: Path) -> list[Path]:
     config = run.read_config()
-    data = load_splits(config.data).train
+    data = load_splits(data_read(config)).train
     models = []
     for checkpoint in checkpoints(run.checkpoints):
         if checkpoint.round:

@@ -137,9 +137,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _with_a_learning_rate(self) -> RunConfig:
         if not self.optimizer.lr:
-            rate = FINE_TUNING_RATE if self.model.init_from else LEARNING_RATES[self.model.preset]
             # past the guard of a frozen model: a validator must return the very instance
-            self.__dict__["optimizer"] = self.optimizer.model_copy(update={"lr": rate})
+            self.__dict__["optimizer"] = self.optimizer.model_copy(update={"lr": self.usual_rate})
         return self
 
     @model_validator(mode="after")
@@ -182,6 +181,11 @@ class RunConfig(Section):
                 f"(got {self.agc.mode})"
             )
         return self
+
+    @property
+    def usual_rate(self) -> float:
+        """The learning rate that optimizer.lr=0 means."""
+        return FINE_TUNING_RATE if self.model.init_from else LEARNING_RATES[self.model.preset]
 
     @property
     def averages(self) -> bool:
@@ -254,6 +258,12 @@ def describe(config: RunConfig | None = None) -> Iterator[Setting]:
                 yield Setting(prefix + dashed(name), value, _allowed(schema), schema["description"])
 
     return walk(config, "")
+
+
+def off_default(config: RunConfig) -> list[Setting]:
+    """The settings of a run that differ from the defaults; a learning rate that is the model's own does not."""
+    usual = {s.key: s.value for s in describe()} | {"optimizer.lr": config.usual_rate}
+    return [s for s in describe(config) if s.value != usual[s.key]]
 
 
 def _explain(error: ValidationError) -> str:

@@ -20,7 +20,7 @@ from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.proxymodel import ProxyModel, open_model, trained_parameters
-from ret_fl.diffusion.text_to_image import require_captions
+from ret_fl.diffusion.text_to_image import data_read, require_captions
 from ret_fl.files import user_cache
 
 FLOAT = 4
@@ -133,7 +133,7 @@ def check_device(config: RunConfig) -> Finding:
 def check_data(config: RunConfig, fingerprint: str = "") -> tuple[Finding, DataSplits | None]:
     """Load the data as a client does, and compare its fingerprint with the expected one."""
     try:
-        data = load_splits(config.data)
+        data = load_splits(data_read(config))
         deal(config, data)
     except (ConfigError, OSError) as error:
         return Finding.failure(

@@ -12,7 +12,7 @@ from typing import Any
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
 
-FIXED = ("shards", "seed", "data.", "partition.", "model.", "lora.", "diffusion.", "agc.bins")
+FIXED = ("shards", "seed", "data.", "partition.", "model.", "text.", "lora.", "diffusion.", "agc.bins")
 """What a resumed run cannot change: its checkpoint was made with it."""
 MOVABLE = (
     "data.path",
@@ -20,8 +20,10 @@ MOVABLE = (
     "data.cache-dir",
     "model.init-from",
     "model.gradient-checkpointing",
+    "text.cache",
+    "text.guidance",
 )
-"""What it can: where the same data and model lie now, whose fingerprints are checked; and what saves memory."""
+"""What it can: where the same data and model lie now, whose fingerprints are checked; what saves memory; how it draws."""
 
 
 def parse_change(text: str) -> tuple[str, Scalar]:

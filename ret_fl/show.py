@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ret_fl.config import ConfigError, describe
+from ret_fl.config import ConfigError, off_default
 from ret_fl.history import Phase, read_phases
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import describe_row
@@ -30,7 +30,7 @@ def show_run(path: Path) -> None:
     run = RunDir.existing(path)
     config, rows, ledger = run.read_config(), run.rows(), _ledger(run)
     console = Console(highlight=False)
-    changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
+    changed = off_default(config)
     console.print(f"[bold]{run.path}[/]")
     console.print("settings off their defaults: " + (", ".join(f"{s.key}={s.value}" for s in changed) or "none"))
     if not rows:

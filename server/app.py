@@ -20,7 +20,7 @@ from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import check_pretrained_schedule
 from ret_fl.diffusion.proxymodel import open_model, trained_parameters
-from ret_fl.diffusion.text_to_image import frozen_part, require_captions
+from ret_fl.diffusion.text_to_image import data_read, frozen_part, require_captions
 from ret_fl.dispatch import Dispatcher
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
@@ -59,7 +59,7 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     check_pretrained_schedule(config.model, config.diffusion)
     log(INFO, "results: %s", run.path)
 
-    data = load_splits(config.data)
+    data = load_splits(data_read(config))
     log(INFO, "data: %s", data.describe())
     require_captions(config, data.train)
     if checkpoint:

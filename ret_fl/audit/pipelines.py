@@ -20,7 +20,7 @@ from torch import Tensor
 from ret_fl.data.folder import IMAGE_SUFFIXES
 from ret_fl.diffusion.ensemble import AveragedUNet, Ensemble, How, is_ensemble, read_ensemble
 from ret_fl.diffusion.sampling import draw_ids, draw_images, image_shape, load_pipeline, noise_shape, start_noise
-from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE
+from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE, frozen_fingerprint
 
 Kind = Literal["run", "pipeline", "images"]
 Draw = Callable[[int, int], Tensor]
@@ -87,6 +87,16 @@ def pipeline_of(folder: Path) -> Path:
     if not (base / "model_index.json").is_file():
         raise ValueError(f"{folder} holds adapters of {base}, which is gone: correct 'base' in {BASE_FILE}")
     return base
+
+
+def _require_base(folder: Path) -> None:
+    """Raise `ValueError` if the pipeline that adapters name is no longer the one they were trained on."""
+    base = pipeline_of(folder)
+    if frozen_fingerprint(base, lora=True) != _read_json(folder / BASE_FILE).get("fingerprint"):
+        raise ValueError(
+            f"its adapters were trained on another pipeline than the one that now lies in {base}: bring that one back, "
+            f"or correct 'base' in {BASE_FILE}"
+        )
 
 
 def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
@@ -288,6 +298,7 @@ def _load_text_to_image(folder: Path, kind: type) -> diffusers.DiffusionPipeline
             pipeline_of(folder), local_files_only=True, low_cpu_mem_usage=False, **unchecked
         )
         if is_adapters(folder):
+            _require_base(folder)
             pipeline.unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, local_files_only=True)
             side = _read_json(folder / BASE_FILE)["image_size"] // pipeline.vae_scale_factor
             pipeline.unet.register_to_config(sample_size=side)
