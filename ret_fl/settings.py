@@ -23,7 +23,8 @@ MOVABLE = (
     "text.cache",
     "text.guidance",
 )
-"""What it can: where the same data and model lie now, whose fingerprints are checked; what saves memory; how it draws."""
+"""What it can: where the same data and model lie now, whose fingerprints are checked; what saves memory; how it draws
+at its end."""
 
 
 def parse_change(text: str) -> tuple[str, Scalar]:

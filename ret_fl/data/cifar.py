@@ -198,17 +198,16 @@ class _NumericType:
 
     def __setstate__(self, state: object) -> None:
         """numpy's (3, byte order, no sub-array, no names, no fields, -1, -1, 0)."""
-        if (
-            not isinstance(state, tuple)
-            or len(state) != 8
-            or (state[0], *state[2:]) != (3, None, None, None, -1, -1, 0)
-        ):
+        plain = (None, None, None, -1, -1, 0)
+        if not isinstance(state, tuple) or (*state[:1], *state[2:]) != (3, *plain):
             raise ConfigError("it changes the type of an array: only plain numbers are read")
         order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "="):
             raise ConfigError(f"a byte order {order!r}")
-        if order in "<>":
-            self.kind = self.kind.newbyteorder(order)
+        if order == "<":
+            self.kind = self.kind.newbyteorder("<")
+        elif order == ">":
+            self.kind = self.kind.newbyteorder(">")
 
 
 class _NumericArray(np.ndarray):

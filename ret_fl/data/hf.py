@@ -155,15 +155,21 @@ def _captions(datasets: Sequence[Any], config: DataConfig) -> Captions | None:
 def _labels(datasets: Sequence[Any], config: DataConfig) -> tuple[np.ndarray | None, int]:
     if any(config.label_column not in dataset.column_names for dataset in datasets):
         return None, 0
-    values = np.concatenate([np.array(dataset[config.label_column][:]) for dataset in datasets])
+    columns = [np.array(dataset[config.label_column][:]) for dataset in datasets]
+    if len({column.dtype.kind == "U" for column in columns}) > 1:
+        raise ConfigError(
+            f"data.label-column: {config.label_column!r} holds texts in one of data.path and data.held-out-path, and "
+            "numbers in the other"
+        )
+    values = np.concatenate(columns)
     if values.ndim != 1 or values.dtype.kind not in "iubU":
         raise ConfigError(
             f"data.label-column: {config.label_column!r} must hold one integer or string a row; "
             "name another column, or one that does not exist to go without classes"
         )
-    names = [getattr(dataset.features[config.label_column], "names", None) for dataset in datasets]
-    declared = next((own for own in names if own is not None), None)
-    if odd := [own for own in names if own is not None and own != declared]:
+    told = [getattr(dataset.features[config.label_column], "names", None) for dataset in datasets]
+    declared = next((own for own in told if own is not None), None)
+    if odd := [own for own in told if own is not None and own != declared]:
         raise ConfigError(
             f"data.label-column: data.path and data.held-out-path number their classes each in its own way "
             f"({_shortened(declared)}; {_shortened(odd[0])}): save both with the same classes, or name a column that "
