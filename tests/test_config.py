@@ -152,7 +152,7 @@ changes = st.fixed_dictionaries(
         "optimizer.lr": st.floats(0, exclude_min=True, allow_nan=False),
         "redistribution.topology": st.sampled_from(["ring", "derangement"]),
         "quarantine.z": st.floats(max_value=0, exclude_max=True, allow_nan=False).filter(lambda z: z < 0),
-        "aggregate-every": st.integers(1, 9),
+        "aggregate-every": st.integers(0, 9),
     },
 )
 
