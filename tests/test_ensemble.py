@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MEMORIZED, PLAIN, Federation, fresh_weights, make_trainer, ret_fl, run_server
+from diffusers import DDPMPipeline
 from federations import Recorder, assert_equal_states, spoiling
 from flwr.app import Message
 from flwr.serverapp.strategy import FedMedian
@@ -262,6 +263,14 @@ def test_leakage_looks_at_the_mean_of_the_predictions_and_a_proxy_can_be_looked_
     assert whole[0].shares == pytest.approx((24 / 34, 10 / 34))
     assert alone is not None
     assert_equal_states({k: v.detach().numpy() for k, v in alone[0].named_parameters()}, saved(apart, 1))
+
+
+def test_diffusers_opens_every_proxy_as_the_summary_says(apart: Path) -> None:
+    assert 'DDPMPipeline.from_pretrained("final/shard-0")  # one of 2 proxies' in (apart / "summary.md").read_text()
+    for shard in range(2):
+        pipeline = DDPMPipeline.from_pretrained(apart / "final" / f"shard-{shard}", local_files_only=True)
+        opened = {name: value.detach().numpy() for name, value in pipeline.unet.named_parameters()}
+        assert_equal_states(opened, saved(apart, shard))
 
 
 def test_its_checkpoints_are_ensembles_too(apart: Path, tmp_path: Path) -> None:
