@@ -113,24 +113,14 @@ class Round:
         self.queue = taa.AugmentQueue(self.config.batch_size)
         self.images = 0
 
-    def _change(self, strength: Tensor | None) -> Change | None:
-        """What happens to drawn images, if anything: mirrored by chance, augmented where a strength is given."""
-        flip = self.config.data.flip
-        if strength is None and not flip:
-            return None
-
-        def change(images: Tensor) -> Tensor:
-            if flip:
-                chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-                images = torch.where(chosen, images.flip(-1), images)
-            return images if strength is None else self.augment(images, strength)
-
-        return change
-
     def _draw(self, position: Tensor, strength: Tensor | None) -> Draw:
         """Samples (int64 [B] positions) at fresh noise, their images augmented where a strength is given."""
         objective = self.trainer.objective
-        x0, condition = objective.batch(self.store, self.ids[position], self._change(strength))
+        change: Change | None = None if strength is None else lambda images: self.augment(images, strength)
+        mirrored = None
+        if self.config.data.flip:
+            mirrored = torch.rand(len(position), device=self.trainer.device) < 0.5
+        x0, condition = objective.batch(self.store, self.ids[position], change, mirrored)
         return Draw(x0, condition, *objective.draw(x0))
 
     def _losses(self, draw: Draw) -> Tensor:
@@ -244,7 +234,7 @@ def train_proxy(
     trainer.load(state.weights if own and state and state.weights else weights, carried)
     trainer.rate = learning_rate(config, order.round)
     trainer.unet.train()
-    trainer.objective.prepare(store, torch.from_numpy(order.ids))
+    trainer.objective.prepare(store, torch.from_numpy(order.ids), mirrored=config.data.flip)
     seed = round_seed(config.seed, order.round, order.shard)
     rng = np.random.default_rng(seed)
     plan = visit_plan(order.probability, config.visits(len(order.ids)), rng)
