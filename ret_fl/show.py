@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ret_fl.cli_options import plural
 from ret_fl.config import ConfigError, off_default
 from ret_fl.history import Phase, read_phases
 from ret_fl.ledger import ShardLedger
@@ -94,9 +95,9 @@ def show_sample(path: Path, sample: int) -> None:
     moves = list(_moves(stays, sample, ledger))
     console = Console(highlight=False)
     console.print(
-        f"sample {sample} is in shard {shard}; visited {visits} times, skipped {skipped} of them, moved {len(moves)} "
-        f"times; mean log-ratio {ratio} (below 0: fitted better than its shard); visited with probability "
-        f"{ledger.probability[sample]:.2f}"
+        f"sample {sample} is in shard {shard}; visited {visits} times, skipped {skipped} of them, moved "
+        f"{plural(len(moves), 'time')}; mean log-ratio {ratio} (below 0: fitted better than its shard); visited with "
+        f"probability {ledger.probability[sample]:.2f}"
     )
     if not phases:
         console.print("where it was in each round is not known: the run has no history/")

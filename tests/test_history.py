@@ -55,7 +55,7 @@ def test_show_follows_a_sample_through_the_rounds(tiny: Tiny, tmp_path: Path) ->
     assert f"round 1: in shard 0, visited {visits[0]} times, skipped {phases[0].skips[moved]}" in shown
     assert f"rounds 2 to 3: in shard 1, visited {visits[2]} times" in shown
     assert "the shard was not trained in round 2" in shown
-    assert "moved 1 times" in shown and "after round 1 it went from shard 0 to shard 1" in shown
+    assert "moved 1 time;" in shown and "after round 1 it went from shard 0 to shard 1" in shown
 
 
 def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tiny: Tiny, tmp_path: Path) -> None:
