@@ -19,6 +19,7 @@ from ret_fl.clipping import clip_where_asked
 from ret_fl.config import RunConfig
 from ret_fl.data.partition import BY_SPEED
 from ret_fl.devices import resolve_device
+from ret_fl.diffusion.text_to_image import data_read
 from ret_fl.events import as_text
 from ret_fl.files import user_cache
 from ret_fl.protocol import Hello, TrainOrder
@@ -76,7 +77,7 @@ def _limit_threads(config: RunConfig) -> None:
 def hello(message: Message, context: Context) -> Message:
     """Say which partition, device and data this node has, and how fast it is where shards are dealt by speed."""
     config = _on_this_node(Hello.requested(message.content), context)
-    known = open_access(config.service, config.data).describe()
+    known = open_access(config.service, data_read(config)).describe()
     partition = int(context.node_config.get("partition-id", -1))
     speed = 0.0
     if config.partition.sizes == BY_SPEED:
@@ -92,7 +93,7 @@ def train(message: Message, context: Context) -> Message:
     order, weights = TrainOrder.unpack(message.content)
     config = _on_this_node(order.config, context)
     _limit_threads(config)
-    access = open_access(config.service, config.data)
+    access = open_access(config.service, data_read(config))
     known = access.describe(order)
     if known.fingerprint != order.fingerprint:
         raise WrongDataError(

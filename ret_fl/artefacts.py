@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from logging import ERROR, INFO
 from typing import Any
 
@@ -20,23 +21,31 @@ from ret_fl.audit.tables import VARIANTS
 from ret_fl.audit.verdict import verdict
 from ret_fl.audit.words import percent, with_interval
 from ret_fl.auditing import Drawing, data_of, draw, measure
-from ret_fl.config import RunConfig, describe
+from ret_fl.config import RunConfig, off_default
 from ret_fl.data.sources import DataSplits
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.models import fold_factor
-from ret_fl.diffusion.proxymodel import load_trained, open_model
-from ret_fl.diffusion.text_to_image import is_text_to_image
+from ret_fl.diffusion.text_to_image import is_stable_diffusion
+from ret_fl.handover import save_model
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State
-from ret_fl.recorder import ema_state
+from ret_fl.rounds import ShardState
 from ret_fl.rundir import RunDir
 
 
-def finish(run: RunDir, config: RunConfig, data: DataSplits, weights: State, ledger: ShardLedger) -> None:
-    """Write final/, samples.npy, the pictures, the audit and summary.md into the run's folder."""
-    model = open_model(config, data.train.image_shape, data.train.num_classes)
-    load_trained(model.unet, ema_state(weights))
-    model.save(run.final)
+def finish(
+    run: RunDir,
+    config: RunConfig,
+    data: DataSplits,
+    weights: State,
+    shards: Sequence[ShardState],
+    ledger: ShardLedger,
+) -> None:
+    """Write final/, samples.npy, the pictures, the audit and summary.md into the run's folder.
+
+    Model and shards as `save_model` takes them.
+    """
+    save_model(run.final, config, data.train, weights, shards, ledger)
     rows = run.rows()
     pictures.save_curves(rows, run.path / "curves.png")
     for old in (run.samples, run.path / "samples.png", run.path / "copies.png", run.audit / NUMBERS, run.audit / PAGE):
@@ -91,9 +100,10 @@ def _summary(
         ("time in rounds", f"{sum(row['seconds'] for row in rows):.0f} s"),
     ]
     if measured:
-        train, held = measured[-1].get("train_loss"), measured[-1]["held_out_loss"]
-        told = f"{held:.4f}" if train is None else f"{train:.4f} / {held:.4f}"
-        facts.append(("loss of the final model, " + ("held-out" if train is None else "train / held-out"), told))
+        train, held = measured[-1].get("train_loss"), measured[-1].get("held_out_loss")
+        whose = "final model" if config.averages else "proxies, their mean"
+        told = {name: f"{loss:.4f}" for name, loss in (("train", train), ("held-out", held)) if loss is not None}
+        facts.append((f"loss of the {whose}, {' / '.join(told)}", " / ".join(told.values())))
     if "epsilon" in last:
         facts.append(("differential privacy of a shard", f"epsilon {last['epsilon']:.4g} at delta {last['delta']:g}"))
     if data.unreadable:
@@ -101,7 +111,8 @@ def _summary(
     lines += [f"| {name} | {value} |" for name, value in facts]
     lines += ["", "![Training](curves.png)", ""]
     if run.samples.is_file():
-        lines += ["Samples of the final model:", "", "![Samples](samples.png)", ""]
+        drawn = "final model" if config.averages else f"ensemble (`ensemble={config.ensemble}`)"
+        lines += [f"Samples of the {drawn}:", "", "![Samples](samples.png)", ""]
     if isinstance(audit, Audit):
         lines += [
             _what_is_closest(audit),
@@ -110,7 +121,7 @@ def _summary(
             "",
         ]
     lines += _how_to_open(config, data)
-    changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
+    changed = off_default(config)
     lines += ["## Settings that differ from the defaults", ""]
     lines += [f"- `{s.key} = {s.value!r}`" for s in changed if s.key not in ("out", "resume", "state-dir")]
     return "\n".join(lines) + "\n"
@@ -148,8 +159,10 @@ def _size(rows: list[dict[str, Any]], key: str) -> str:
 
 def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
     more = ["More images, from this folder: `ret-fl sample . --count 64 --out more.png`.", ""]
-    if is_text_to_image(config.model.init_from):
+    if is_stable_diffusion(config.model.init_from):
         return _how_to_draw_from_text(config, data)
+    final = "final" if config.averages else "final/shard-0"
+    whose = "" if config.averages else f"  # one of {config.shards} proxies"
     folded = fold_factor(config.model, data.train.image_shape)
     steps = min(100, config.diffusion.timesteps)
     unfold = [f"images = torch.nn.functional.pixel_shuffle(images, {folded})  # the U-Net works on folded pixels"]
@@ -163,7 +176,7 @@ def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
             "import torch",
             "from diffusers import DDPMPipeline",
             "",
-            'pipeline = DDPMPipeline.from_pretrained("final")',
+            f'pipeline = DDPMPipeline.from_pretrained("{final}"){whose}',
             "unet, scheduler = pipeline.unet.eval(), pipeline.scheduler",
             "labels = torch.arange(16) % unet.config.num_class_embeds",
             "images = torch.randn(16, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)",
@@ -184,7 +197,7 @@ def _how_to_open(config: RunConfig, data: DataSplits) -> list[str]:
         "import torch",
         "from diffusers import DDPMPipeline",
         "",
-        'pipeline = DDPMPipeline.from_pretrained("final")',
+        f'pipeline = DDPMPipeline.from_pretrained("{final}"){whose}',
         f'images = pipeline(batch_size=16, num_inference_steps={steps}, output_type="np").images',
         "images = torch.from_numpy(images).permute(0, 3, 1, 2)  # [16, C, H, W] in [0, 1]",
         *(unfold if folded > 1 else []),

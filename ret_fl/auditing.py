@@ -17,7 +17,7 @@ from ret_fl.audit.features import FeatureModel, load_features
 from ret_fl.audit.folder import load_audit, save_audit
 from ret_fl.audit.generate import Generated, generate, load_denoiser
 from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows
-from ret_fl.audit.pipelines import is_text_to_image, load_pixels, locate, require_text_to_image
+from ret_fl.audit.pipelines import is_text_to_image, locate, pixel_shape, require_text_to_image
 from ret_fl.audit.ready import Channels, as_options, read_bytes, read_some
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.run import require_enough, require_same_shape, run_audit
@@ -26,8 +26,7 @@ from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.dataspec import builtin_splits, is_builtin, require_named, source_of
-from ret_fl.diffusion.sampling import image_shape
-from ret_fl.diffusion.text_to_image import is_text_to_image as is_stable_diffusion
+from ret_fl.diffusion.text_to_image import data_read, is_stable_diffusion
 from ret_fl.rundir import RunDir
 
 SAMPLES = "samples"
@@ -70,7 +69,7 @@ def training_prompts(config: RunConfig, count: int) -> tuple[str, ...]:
     """
     if not is_stable_diffusion(config.model.init_from):
         return ()
-    captions = load_splits(config.data).train.captions
+    captions = load_splits(data_read(config)).train.captions
     if captions is None:
         raise ConfigError("data.captions: the run's images have lost their captions, which are its prompts")
     chosen = np.random.default_rng(PROMPT_SEED).integers(len(captions), size=count)
@@ -196,8 +195,7 @@ def _drawn_shape(model: Path, drawing: Drawing) -> tuple[int, int, int] | None:
     if is_text_to_image(folder):
         require_text_to_image(folder, drawing.prompts)
         return None
-    unet, _, fold = load_pixels(folder)
-    channels, height, width = image_shape(unet, fold)
+    channels, height, width = pixel_shape(folder)
     if drawing.image_size:
         height = width = drawing.image_size
     return {"auto": channels, "grey": 1, "rgb": 3}[drawing.channels], height, width
@@ -304,7 +302,7 @@ def open_data(
 
 def data_of(config: RunConfig) -> AuditData:
     """The data of a run."""
-    return _from_splits(config.data.path or config.data.source, load_splits(config.data))
+    return _from_splits(config.data.path or config.data.source, load_splits(data_read(config)))
 
 
 def _from_splits(source: str, splits: DataSplits) -> AuditData:

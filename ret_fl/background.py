@@ -9,8 +9,9 @@ import numpy as np
 
 from ret_fl.audit import schema
 from ret_fl.audit.inputs import AuditData, Background
-from ret_fl.config import RunConfig, describe
+from ret_fl.config import RunConfig, off_default
 from ret_fl.data.sources import load_splits
+from ret_fl.diffusion.text_to_image import data_read
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 
@@ -18,7 +19,7 @@ from ret_fl.rundir import RunDir
 def background_of(run: RunDir, data: AuditData) -> Background:
     """What a run's folder tells beside the model. Its sample IDs count only where `data` is what it was trained on."""
     config, rows = run.read_config(), run.rows()
-    changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
+    changed = off_default(config)
     images = sum(row["images"] for row in rows)
     measured = [row for row in rows if "train_loss" in row or "held_out_loss" in row]
     last = measured[-1] if measured else {}
@@ -37,7 +38,7 @@ def background_of(run: RunDir, data: AuditData) -> Background:
         skips=schema.SkipCurve(timesteps=skips[0].tolist(), share=skips[1].tolist()) if skips else None,
     )
     groups = {}
-    if load_splits(config.data).train.fingerprint != data.train.fingerprint:
+    if load_splits(data_read(config)).train.fingerprint != data.train.fingerprint:
         warnings.warn(f"{run.path.name} was trained on other images than those it is audited against", stacklevel=2)
     elif run.ledger.is_file():
         groups = _tails(ShardLedger.load(run.ledger), config.report_tail)

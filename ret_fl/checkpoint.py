@@ -1,5 +1,7 @@
 """Atomic checkpoints of a run, one folder a round: checkpoints/round-00012/{weights.safetensors,ledger.npz,...}.
 
+Where proxies are never averaged, weights.safetensors is their common start, and shard-0.safetensors and so on are they.
+
 A checkpoint is written beside its place, flushed to disk and then renamed, so a folder that is there is whole. If the
 newest one cannot be read all the same, the one before it is used.
 """
@@ -13,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +24,12 @@ from safetensors.numpy import load_file, save_file
 
 from ret_fl.files import sync
 from ret_fl.ledger import LedgerError, ShardLedger
-from ret_fl.packing import State
+from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.rounds import ShardState
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError, LedgerError)
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile, SafetensorError, LedgerError)
 
 
 BASE = "base.safetensors"
@@ -69,7 +72,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        size = sum(value.nbytes for value in checkpoint.weights.values())
+        proxies = sum(shard.weights is not None for shard in checkpoint.shards)
+        size = sum(value.nbytes for value in checkpoint.weights.values()) * (1 + proxies)
         raise CheckpointError(
             f"the checkpoint of round {checkpoint.round} cannot be written to {folder}: {error}. It takes about "
             f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then `ret-fl run "
@@ -84,9 +88,12 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     """All files of a checkpoint, flushed to disk."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.weights.items()}, folder / "weights.safetensors")
+    _save_weights(checkpoint.weights, folder / "weights.safetensors")
     if checkpoint.base_state:
         save_file({k: np.ascontiguousarray(v) for k, v in checkpoint.base_state.items()}, folder / BASE)
+    own = {k: shard.weights for k, shard in enumerate(checkpoint.shards) if shard.weights is not None}
+    for k, weights in own.items():
+        _save_weights(unpack_state(weights), _proxy_file(folder, k))
     checkpoint.ledger.save(folder / "ledger.npz")
     np.savez(
         folder / "banks.npz",
@@ -95,9 +102,18 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         proxy_round=np.array([s.proxy_round for s in checkpoint.shards]),
     )
     state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen", "base")}
+    state["proxies"] = list(own)
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     for file in folder.iterdir():
         sync(file)
+
+
+def _save_weights(weights: State, path: Path) -> None:
+    save_file({k: np.ascontiguousarray(v) for k, v in weights.items()}, path)
+
+
+def _proxy_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard}.safetensors"
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -110,11 +126,11 @@ def any_checkpoint(folder: Path) -> bool:
     return bool(_folders(folder))
 
 
-def checkpoints(folder: Path) -> Iterator[tuple[int, State]]:
-    """Round and global weights of every checkpoint, oldest first. Raises `CheckpointError` for a damaged one."""
+def checkpoints(folder: Path) -> Iterator[Checkpoint]:
+    """Every checkpoint, oldest first. Raises `CheckpointError` for a damaged one."""
     for path in reversed(_folders(folder)):
         try:
-            yield int(path.name.removeprefix("round-")), load_file(path / "weights.safetensors")
+            yield _load(path)
         except UNREADABLE as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -132,12 +148,14 @@ def load_latest(folder: Path) -> Checkpoint:
 
 
 def _load(path: Path) -> Checkpoint:
-    state: Mapping[str, str] = json.loads((path / "state.json").read_text())
+    state: Mapping[str, Any] = json.loads((path / "state.json").read_text())
     with np.load(path / "banks.npz", allow_pickle=False) as banks:
         shards = [
             ShardState(values, visits, int(round))
             for values, visits, round in zip(banks["values"], banks["visits"], banks["proxy_round"], strict=True)
         ]
+    for k in state.get("proxies", ()):
+        shards[k].weights = pack_state(load_file(_proxy_file(path, k)))
     return Checkpoint(
         round=int(state["round"]),
         run_key=state["run_key"],

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit, cli_data, cli_deploy, cli_doctor, cli_serve, cli_status
+from ret_fl import cli_audit, cli_data, cli_deploy, cli_doctor, cli_sample, cli_serve, cli_status
 from ret_fl.cli_options import (
     INTERRUPTED,
     AppOption,
-    DeviceOption,
     OutOption,
     PresetOption,
     SetOption,
-    ThreadsOption,
     VerboseOption,
     check_data,
     plural,
@@ -35,8 +33,6 @@ app = typer.Typer(
     help="Train image diffusion models that do not copy their training data (Redistribute Ensemble Training).",
     epilog="Start with: ret-fl run --preset simulations/presets/digits.toml",
 )
-DRAWN = 64
-"""Images drawn at once."""
 
 
 @app.command()
@@ -182,62 +178,7 @@ def presets(app_folder: AppOption = Path()) -> None:
             console.print(Padding(escape(line), (0, 0, 0, 4), expand=False), highlight=False)
 
 
-@app.command()
-def sample(
-    model: Annotated[
-        Path, typer.Argument(help="A run's folder, or a diffusers pipeline folder: unconditional or text-to-image.")
-    ],
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="For text-to-image. Repeatable, used in turn.")
-    ] = None,
-    guidance: Annotated[float, typer.Option(min=0, help="For text-to-image: scale of the guidance.")] = 7.5,
-    count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Image i of a seed starts from the same noise always.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 50,
-    label: Annotated[
-        int | None,
-        typer.Option(min=0, help="Class-conditional: this class only. [default: all in turn]", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="A .png for a grid, a .npy for uint8 [N, C, H, W], or a folder for one PNG an image.")
-    ] = Path("samples.png"),
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = 0,
-) -> None:
-    """Draw images from a trained model."""
-    from rich.progress import Progress
-
-    from ret_fl.audit.pipelines import is_text_to_image, locate, pixel_sampler, text_sampler
-    from ret_fl.audit.shelf import draw_missing
-    from ret_fl.config import ConfigError
-    from ret_fl.devices import limit_threads, resolve_device
-    from ret_fl.pictures import save_images
-
-    limit_threads(threads)
-    try:
-        place = resolve_device(device)
-    except ConfigError as error:
-        raise stop(error) from None
-    try:
-        kind, folder = locate(model)
-        if kind == "images":
-            raise ValueError("it holds images")
-        if not is_text_to_image(folder):
-            draw, _ = pixel_sampler(folder, seed, steps, place, label)
-        elif label is None:
-            draw, _ = text_sampler(folder, prompt or (), guidance, seed, steps, place)
-        else:
-            raise stop("--label: a text-to-image model has no classes, give it a --prompt")
-    except (OSError, ValueError) as error:
-        raise stop(f"{model} holds no model that ret-fl can draw from: {error}") from None
-    try:
-        with Progress() as progress:
-            task = progress.add_task("drawing", total=count)
-            images = draw_missing(draw, count, DRAWN, None, lambda done, _: progress.update(task, completed=done))
-    except ValueError as error:
-        raise stop(str(error) if label is None else f"--label: {error}") from None
-    save_images(images, out)
-    typer.echo(f"{count} images: {out}")
+app.command()(cli_sample.sample)
 
 
 @app.command()

@@ -67,11 +67,13 @@ def check_data(settings: dict[str, Scalar]) -> None:
     from ret_fl.config import RunConfig
     from ret_fl.data.sources import deal, load_splits
     from ret_fl.devices import resolve_device
-    from ret_fl.diffusion.text_to_image import require_captions
+    from ret_fl.diffusion.models import check_pretrained_schedule
+    from ret_fl.diffusion.text_to_image import data_read, require_captions
 
     config = RunConfig.from_flat(settings)
     resolve_device(config.device)
-    data = load_splits(config.data)
+    check_pretrained_schedule(config.model, config.diffusion)
+    data = load_splits(data_read(config))
     require_captions(config, data.train)
     deal(config, data)
     typer.echo(data.describe())

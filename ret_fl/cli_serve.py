@@ -102,13 +102,14 @@ def _server(
 
     from ret_fl.config import ConfigError, RunConfig
     from ret_fl.data.sources import load_splits
+    from ret_fl.diffusion.text_to_image import data_read
     from ret_fl.samples.grants import Verifier
     from ret_fl.samples.records import Description, DescriptionError
     from ret_fl.samples.server import SampleServer
 
     console = Console()
     with console.status("reading the data ..."):
-        data = load_splits(RunConfig.from_flat(settings).data)
+        data = load_splits(data_read(RunConfig.from_flat(settings)))
         try:
             known = Description.of(data.train, data.kind)
         except DescriptionError as error:

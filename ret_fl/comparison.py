@@ -17,8 +17,8 @@ from ret_fl.auditing import Drawing, Drawn, check_before_drawing, draw, is_run, 
 from ret_fl.checkpoint import checkpoints
 from ret_fl.config import ConfigError
 from ret_fl.data.sources import load_splits
-from ret_fl.diffusion.proxymodel import load_trained, open_model
-from ret_fl.recorder import ema_state
+from ret_fl.diffusion.text_to_image import data_read
+from ret_fl.handover import save_model
 from ret_fl.rundir import RunDir
 
 
@@ -119,13 +119,11 @@ def checkpoint_models(models: Sequence[Path], folder: Path) -> list[Path]:
 
 def _save_checkpoints(run: RunDir, folder: Path) -> list[Path]:
     config = run.read_config()
-    data = load_splits(config.data).train
+    data = load_splits(data_read(config)).train
     models = []
-    for number, weights in checkpoints(run.checkpoints):
-        if number:
-            model = open_model(config, data.image_shape, data.num_classes)
-            load_trained(model.unet, ema_state(weights))
-            path = folder / f"{run.path.name}, round {number}"
-            model.save(path)
+    for checkpoint in checkpoints(run.checkpoints):
+        if checkpoint.round:
+            path = folder / f"{run.path.name}, round {checkpoint.round}"
+            save_model(path, config, data, checkpoint.weights, checkpoint.shards, checkpoint.ledger)
             models.append(path)
     return models

@@ -71,7 +71,15 @@ class RunConfig(Section):
         "its batch. It changes memory and time, not the result. 0: the whole batch.",
     )
     aggregate_every: int = Field(
-        1, ge=1, description="Average the proxies every n-th round; 2 is the paper's swap between aggregations."
+        1,
+        ge=0,
+        description="Average the proxies every n-th round; 2 is the paper's swap between aggregations. 0: never, they "
+        "stay K models from the common start on, an ensemble (docs/method.md).",
+    )
+    ensemble: Literal["choose", "average"] = Field(
+        "choose",
+        description="With aggregate-every=0, how images are drawn at the end: each from one proxy, chosen by share of "
+        "samples; or from the average of all K predictions at every denoising step.",
     )
     report: Literal["full", "tails"] = Field(
         "full", description="What a client tells of its samples: all of them, or only the two tails of its losses."
@@ -80,7 +88,10 @@ class RunConfig(Section):
     samples: int = Field(256, ge=0, description="Images drawn from the final model; 0: none, and no copy rate.")
     sample_steps: int = Field(50, ge=1, description="DDIM steps a drawn image takes.")
     evaluate_every: int = Field(
-        5, ge=0, description="Measure train and held-out loss of the averaged model every n rounds; 0: never."
+        5,
+        ge=0,
+        description="Measure train and held-out loss of the averaged model every n rounds (with aggregate-every=0 the "
+        "mean of the proxies'); 0: never.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="How many rounds back a run can be resumed from.")
     min_nodes: int = Field(1, ge=1, description="Clients needed in every round; more shards than clients take turns.")
@@ -133,9 +144,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _with_a_learning_rate(self) -> RunConfig:
         if not self.optimizer.lr:
-            rate = FINE_TUNING_RATE if self.model.init_from else LEARNING_RATES[self.model.preset]
             # past the guard of a frozen model: a validator must return the very instance
-            self.__dict__["optimizer"] = self.optimizer.model_copy(update={"lr": rate})
+            self.__dict__["optimizer"] = self.optimizer.model_copy(update={"lr": self.usual_rate})
         return self
 
     @model_validator(mode="after")
@@ -158,8 +168,18 @@ class RunConfig(Section):
             raise ValueError("service.insecure speaks without TLS: unset it, or service.ca and service.key")
         if self.partition.path and self.partition.scheme != "file":
             raise ValueError("partition.path is set but not read: set partition.scheme=file")
+        if not self.averages and self.aggregation.strategy != "fedavg":
+            raise ValueError(
+                f"aggregation.strategy={self.aggregation.strategy} is not used where nothing is averaged: set "
+                "aggregate-every to 1 or more"
+            )
         if self.lora.rank and not self.model.init_from:
             raise ValueError("lora.rank adapts a pretrained text-to-image model: name its folder in model.init-from")
+        if self.ensemble != "choose" and self.averages:
+            raise ValueError(
+                f"ensemble={self.ensemble} draws from proxies that were kept apart: set aggregate-every=0 (got "
+                f"{self.aggregate_every})"
+            )
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
         if self.agc.warm_passes and self.agc.mode != "agc":
@@ -192,6 +212,7 @@ class RunConfig(Section):
             ),
             "agc.mode=off (the loss bank goes through the server)": self.agc.mode == "off",
             "quorum=1 (noise is made for the mean of all shards)": self.quorum == 1,
+            "aggregate-every above 0 (proxies kept apart have no noise)": self.averages,
             "samples=0, or dp.audit=true (an audit shows training images, which epsilon does not cover)": (
                 self.samples == 0 or self.dp.audit
             ),
@@ -206,6 +227,16 @@ class RunConfig(Section):
                 f"dp.count-noise ({self.dp.count_noise:g}) must be above half of dp.noise-multiplier "
                 f"({self.dp.noise_multiplier:g}), or 0 for as much as that"
             )
+
+    @property
+    def usual_rate(self) -> float:
+        """The learning rate that optimizer.lr=0 means."""
+        return FINE_TUNING_RATE if self.model.init_from else LEARNING_RATES[self.model.preset]
+
+    @property
+    def averages(self) -> bool:
+        """Whether proxies are ever averaged; if not, the run ends with K models."""
+        return self.aggregate_every > 0
 
     def visits(self, samples: int) -> int:
         """Images a proxy trains on in one round, on a shard of so many samples."""
@@ -273,6 +304,12 @@ def describe(config: RunConfig | None = None) -> Iterator[Setting]:
                 yield Setting(prefix + dashed(name), value, _allowed(schema), schema["description"])
 
     return walk(config, "")
+
+
+def off_default(config: RunConfig) -> list[Setting]:
+    """The settings of a run that differ from the defaults; a learning rate that is the model's own does not."""
+    usual = {s.key: s.value for s in describe()} | {"optimizer.lr": config.usual_rate}
+    return [s for s in describe(config) if s.value != usual[s.key]]
 
 
 def _explain(error: ValidationError) -> str:

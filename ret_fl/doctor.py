@@ -20,7 +20,7 @@ from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.proxymodel import ProxyModel, open_model, trained_parameters
-from ret_fl.diffusion.text_to_image import require_captions
+from ret_fl.diffusion.text_to_image import data_read, require_captions
 from ret_fl.files import user_cache
 
 FLOAT = 4
@@ -133,7 +133,7 @@ def check_device(config: RunConfig) -> Finding:
 def check_data(config: RunConfig, fingerprint: str = "") -> tuple[Finding, DataSplits | None]:
     """Load the data as a client does, and compare its fingerprint with the expected one."""
     try:
-        data = load_splits(config.data)
+        data = load_splits(data_read(config))
         deal(config, data)
     except (ConfigError, OSError) as error:
         return Finding.failure(
@@ -212,8 +212,9 @@ def check_server_memory(needed: int) -> Finding:
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
-    """Bytes of the checkpoints a run keeps, one more while it is written, and the final model."""
-    return (config.keep_checkpoints + 1) * 2 * parameters * FLOAT + parameters * FLOAT
+    """Bytes of the checkpoints a run keeps, one more while it is written, and the final model, or models."""
+    kept, models = (1, 1) if config.averages else (1 + config.shards, config.shards)
+    return ((config.keep_checkpoints + 1) * 2 * kept + models) * parameters * FLOAT
 
 
 def client_state_bytes(config: RunConfig, parameters: int) -> int:

@@ -140,12 +140,13 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Loss of every shard and of the averaged model over the rounds, on a log axis."""
+    """Loss of every shard and of the averaged model, or proxies' mean, over the rounds, on a log axis."""
     _plot_shards(axes, rows, "loss")
+    whose = "averaged model" if any(row.get("aggregated", True) for row in rows) else "mean of the proxies"
     for key, style, colour in (("train_loss", "-o", INK), ("held_out_loss", "--o", RED)):
         seen = [(row["round"], row[key]) for row in rows if key in row]
         if seen:
-            name = f"averaged model, {key.removesuffix('_loss').replace('_', '-')}"
+            name = f"{whose}, {key.removesuffix('_loss').replace('_', '-')}"
             axes.plot(*zip(*seen, strict=True), style, color=colour, ms=3, lw=1.4, label=name)
     axes.set(xlabel="round", yscale="log")
 

@@ -72,7 +72,8 @@ class TrainOrder:
     strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio: float32 [n], NaN unknown;
     bank_values: float32 [T or bins] and bank_visits: int64, the shard's loss bank.
     proxy_round: the round whose local proxy (weights, moments) the client should go on from, 0 for none.
-    start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own.
+    start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own; 'sent' goes on with the
+    shard's own, which are those sent along.
     upload: whether the reply carries weights.
     frozen: fingerprint of pretrained weights that do not travel and must be the same on every node; '' for none.
     clipping_norm: L2 norm that the client clips the change of its weights to; 0 does not clip.
@@ -87,7 +88,7 @@ class TrainOrder:
     shard: int
     round: int
     proxy_round: int
-    start: Literal["global", "proxy"]
+    start: Literal["global", "proxy", "sent"]
     upload: bool
     ids: Ids
     probability: Floats
@@ -109,7 +110,7 @@ class TrainOrder:
     )
 
     def pack(self, weights: ArrayRecord) -> RecordDict:
-        """The order with the global weights, one ArrayRecord object shared by all orders of a round."""
+        """The order with the weights to start from; global ones are one object, shared by all orders of a round."""
         scalars = {key: getattr(self, key) for key in self._SCALARS}
         return RecordDict(
             {
@@ -121,7 +122,7 @@ class TrainOrder:
 
     @classmethod
     def unpack(cls, record: RecordDict) -> tuple[TrainOrder, State]:
-        """The order and the global weights. Raises `ProtocolError` for a malformed message."""
+        """The order and the weights sent along. Raises `ProtocolError` for a malformed message."""
         told = find(record, ORDER, ConfigRecord)
         if told is None:
             raise ProtocolError(f"the message lacks its {ORDER!r} record (it has {sorted(record)})")
@@ -158,8 +159,8 @@ class TrainReport:
     bin_count: int64 [50], mean log-loss by noise level (low noise only); spread: of a single log-ratio. level_draws,
     level_skips: int64 [50], draws and AGC's skips by noise level, all of them.
     images went through forward and backward in `seconds`. moments: whether Adam's were carried over.
-    start: what training really began from, 'proxy' or 'global'. clipped: whether the client's change was longer than
-    the order's clipping_norm. Under differential privacy a report tells no more than counts: see `silenced`.
+    start: what training really began from, 'proxy', 'global' or 'sent'. clipped: whether the client's change was longer
+    than the order's clipping_norm. Under differential privacy a report tells no more than counts: see `silenced`.
     """
 
     shard: int

@@ -113,24 +113,14 @@ class Round:
         self.queue = taa.AugmentQueue(self.config.batch_size)
         self.images = 0
 
-    def _change(self, strength: Tensor | None) -> Change | None:
-        """What happens to drawn images, if anything: mirrored by chance, augmented where a strength is given."""
-        flip = self.config.data.flip
-        if strength is None and not flip:
-            return None
-
-        def change(images: Tensor) -> Tensor:
-            if flip:
-                chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-                images = torch.where(chosen, images.flip(-1), images)
-            return images if strength is None else self.augment(images, strength)
-
-        return change
-
     def _draw(self, position: Tensor, strength: Tensor | None) -> Draw:
         """Samples (int64 [B] positions) at fresh noise, their images augmented where a strength is given."""
         objective = self.trainer.objective
-        x0, condition = objective.batch(self.store, self.ids[position], self._change(strength))
+        change: Change | None = None if strength is None else lambda images: self.augment(images, strength)
+        mirrored = None
+        if self.config.data.flip:
+            mirrored = torch.rand(len(position), device=self.trainer.device) < 0.5
+        x0, condition = objective.batch(self.store, self.ids[position], change, mirrored)
         return Draw(x0, condition, *objective.draw(x0))
 
     def _losses(self, draw: Draw) -> Tensor:
@@ -157,13 +147,15 @@ class Round:
     def warm_bank(self, rng: np.random.Generator) -> None:
         """Fill an empty bank with the losses of the model that training starts from: `agc.warm-passes` over the shard.
 
-        Our choice: the authors fine-tune with a bank of zeros, which skips nothing before it is filled.
+        Our choice: the authors fine-tune with a bank of zeros, which skips nothing before it is filled. The U-Net stays
+        in training mode: dropout is in the losses that the bank is compared with, so it must be in the bank.
         """
         count = len(self.order.ids)
         for _ in range(self.config.agc.warm_passes):
             for position in np.array_split(rng.permutation(count), -(-count // self.config.batch_size)):
                 draw = self._draw(torch.from_numpy(position), None)
-                self.bank.update(draw.t, self._losses(draw))
+                losses = [self._losses(part) for _, part in draw.parts(self.config.micro_batch)]
+                self.bank.update(draw.t, torch.cat(losses))
 
     def batch(self, position: Tensor) -> None:
         """Train on one batch: int64 [B] positions in the shard, on the CPU."""
@@ -230,7 +222,7 @@ def train_proxy(
     kind: str,
     state: ProxyState | None,
 ) -> TrainedProxy:
-    """Train `order` starting from the global `weights`, or from this client's own proxy where the order says so.
+    """Train `order` starting from the `weights` sent along, or from this client's own proxy where the order says so.
 
     kind: 'glyph' or 'photo', what augmentation 'auto' means. state: what this client kept of the shard, if it has it.
     Raises `ProxyDivergedError` if the loss is not finite.
@@ -243,7 +235,7 @@ def train_proxy(
     trainer.rate = learning_rate(config, order.round)
     trainer.stay_near(weights)
     trainer.unet.train()
-    trainer.objective.prepare(store, torch.from_numpy(order.ids))
+    trainer.objective.prepare(store, torch.from_numpy(order.ids), mirrored=config.data.flip)
     seed = round_seed(config.seed, order.round, order.shard)
     rng = np.random.default_rng(seed)
     plan = visit_plan(order.probability, config.visits(len(order.ids)), rng)
@@ -299,7 +291,7 @@ def _report(
         loss=summary.loss,
         skip_rate=summary.skip_rate,
         spread=summary.spread,
-        start="proxy" if own else "global",
+        start="proxy" if own else "sent" if order.start == "sent" else "global",
         moments="carried" if carried else "fresh",
         ids=ids[told],
         visits=visits[told],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -27,8 +28,10 @@ from ret_fl.diffusion.objective import Objective
 from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
+from ret_fl.history import forget_phases_after, phase_of, save_phase
 from ret_fl.packing import State, unpack_state
 from ret_fl.privacy import PrivacyLog, Release, wrapper_of
+from ret_fl.rounds import proxy_weights
 from ret_fl.rundir import RunDir
 from ret_fl.strategy import RedistributeEnsemble
 from ret_fl.trainer import part_of
@@ -48,7 +51,7 @@ class RunRecorder:
     def __init__(self, run: RunDir, config: RunConfig, strategy: RedistributeEnsemble, data: DataSplits) -> None:
         self.run, self.config, self.strategy, self.data = run, config, strategy, data
         # the last average before this run was taken up again: what an uninterrupted one would remember
-        self.evaluated = strategy.first_round - strategy.first_round % config.aggregate_every
+        self.evaluated = strategy.first_round - strategy.first_round % (config.aggregate_every or 1)
         self._forget_rounds_after(strategy.first_round)
         self.privacy = PrivacyLog(run.privacy)
         self.board = SummaryWriter(str(run.tensorboard), purge_step=strategy.first_round + 1)
@@ -57,6 +60,7 @@ class RunRecorder:
         """A resumed run does rounds again whose rows may be there already."""
         rows = [row for row in self.run.rows() if row["round"] <= round]
         write_atomically(self.run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        forget_phases_after(self.run.history, round)
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Record the round Flower has just finished; 0 is the state before the first."""
@@ -68,9 +72,10 @@ class RunRecorder:
         last = self.strategy.last
         assert last is not None, "aggregate_train comes before evaluate_fn"
         row = last.row() | self._privacy_spent()
-        if last.aggregated and self._evaluates(last.round):
+        if (last.aggregated or not self.config.averages) and self._evaluates(last.round):
             row |= self._losses(weights)
             self.evaluated = last.round
+        save_phase(self.run.history, phase_of(last, self.strategy.ledger))
         # the row first: a round without checkpoint is done again and its row taken back, a lost row stays lost
         with self.run.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -113,15 +118,27 @@ class RunRecorder:
         return model.unet.to(device), model.objective(device)
 
     def _losses(self, weights: State) -> dict[str, object]:
+        """Of the averaged model; of proxies kept apart the mean, each weighted by its samples."""
         unet, objective = self._measured
-        load_trained(unet, ema_state(weights))
-        losses: dict[str, object] = {}
-        for name, store in (("train_loss", self.data.train), ("held_out_loss", self.data.held_out)):
+        splits = {"train_loss": self.data.train, "held_out_loss": self.data.held_out}
+        if self.config.private:
             # differential privacy answers for what is told of training images, and this would go past it
-            if len(store) and not (self.config.private and store is self.data.train):
-                ids = _spread(store)
-                losses[name] = float(fixed_losses(unet, objective, store, ids).mean())
-        return losses
+            del splits["train_loss"]
+        losses = {name: 0.0 for name, store in splits.items() if len(store)}
+        for share, own in self._models(weights):
+            load_trained(unet, ema_state(own))
+            for name in losses:
+                store = splits[name]
+                losses[name] += share * float(fixed_losses(unet, objective, store, _spread(store)).mean())
+        return dict(losses)
+
+    def _models(self, weights: State) -> Iterator[tuple[float, State]]:
+        """What the run has now, by share: one model, or K."""
+        if self.config.averages:
+            yield 1.0, weights
+            return
+        sizes = self.strategy.ledger.sizes()
+        yield from zip((sizes / sizes.sum()).tolist(), proxy_weights(self.strategy.shards, weights), strict=True)
 
     def close(self) -> None:
         self.board.close()

@@ -160,12 +160,12 @@ def is_due(config: RunConfig, round: int) -> bool:
     """Whether samples may move after this round.
 
     Where proxies are averaged every n-th round only, samples move in between, while proxies still differ (the
-    paper's swap between aggregations); `redistribution.period` skips opportunities. After the last round nothing
-    moves: nobody would train on it.
+    paper's swap between aggregations); where every round averages, or none does, after any.
+    `redistribution.period` skips opportunities. After the last round nothing moves: nobody would train on it.
     """
     every = config.aggregate_every
-    between = round < config.num_server_rounds and (every == 1 or round % every != 0)
-    opportunity = round if every == 1 else round - round // every
+    between = round < config.num_server_rounds and (every <= 1 or round % every != 0)
+    opportunity = round if every <= 1 else round - round // every
     return between and opportunity % config.redistribution.period == 0
 
 

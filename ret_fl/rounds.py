@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from ret_fl.ledger import Moves
 from ret_fl.mitigation.losslog import BINS
-from ret_fl.packing import PackingError, decode, parts
+from ret_fl.packing import PackingError, State, decode, parts, unpack_state
 from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport
 
 TOLD = 10
@@ -19,11 +20,22 @@ TOLD = 10
 
 @dataclass
 class ShardState:
-    """What the server carries of a shard from round to round: its loss bank, and the round its proxy is at."""
+    """What the server carries of a shard from round to round.
+
+    bank_values, bank_visits: its loss bank. proxy_round: the last round its proxy was trained in. weights: its proxy,
+    where proxies are never averaged; None before it was trained, when it is the common start.
+    """
 
     bank_values: NDArray[np.float32]
     bank_visits: NDArray[np.int64]
     proxy_round: int = 0
+    weights: ArrayRecord | None = None
+
+
+def proxy_weights(shards: Sequence[ShardState], start: State) -> Iterator[State]:
+    """The weights of each shard's proxy where proxies are never averaged; of one not trained yet the common `start`."""
+    for shard in shards:
+        yield start if shard.weights is None else unpack_state(shard.weights)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ LOCK_SECONDS = 0.2
 
 
 class RunDir:
-    """config.json, metrics.jsonl, events.jsonl, ledger.npz, checkpoints/, final/, pictures, tb/, audit/, summary.md."""
+    """config.json, metrics.jsonl, events.jsonl, ledger.npz and so on: every file of a run, by name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -27,6 +27,7 @@ class RunDir:
         self.events = self.path / "events.jsonl"
         self.privacy = self.path / "privacy.jsonl"
         self.ledger = self.path / "ledger.npz"
+        self.history = self.path / "history"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.samples = self.path / "samples.npy"

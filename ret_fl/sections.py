@@ -81,8 +81,8 @@ class DataConfig(Section):
     label_column: str = Field("label", description="Column of an hf dataset that holds the class, if it is there.")
     captions: str = Field(
         "captions.json",
-        description="File in an image folder that gives each image a caption or a list of them, by its path; without "
-        "it there are none.",
+        description="File in an image folder that gives each image a caption or a list of them, by its path; read for "
+        "text-to-image only. Without it there are none.",
     )
     caption_column: str = Field(
         "caption", description="Column of an hf dataset that holds a caption or a list of them, if it is there."

@@ -12,7 +12,7 @@ from typing import Any
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
 
-FIXED = ("shards", "seed", "data.", "partition.", "model.", "lora.", "diffusion.", "agc.bins", "dp.mode")
+FIXED = ("shards", "seed", "data.", "partition.", "model.", "text.", "lora.", "diffusion.", "agc.bins", "dp.mode")
 """What a resumed run cannot change: its checkpoint was made with it."""
 MOVABLE = (
     "data.path",
@@ -20,8 +20,11 @@ MOVABLE = (
     "data.cache-dir",
     "model.init-from",
     "model.gradient-checkpointing",
+    "text.cache",
+    "text.guidance",
 )
-"""What it can: where the same data and model lie now, whose fingerprints are checked; and what saves memory."""
+"""What it can: where the same data and model lie now, whose fingerprints are checked; what saves memory; how it draws
+at its end."""
 
 
 def parse_change(text: str) -> tuple[str, Scalar]:
@@ -113,6 +116,11 @@ def change_run(path: Path, settings: Mapping[str, Scalar]) -> tuple[RunDir, RunC
             "start a new run to change that"
         )
     config = RunConfig.from_flat(before | dict(settings))
+    if config.averages != RunConfig.from_flat(before).averages:
+        raise ConfigError(
+            f"a resumed run keeps its proxies together or apart: aggregate-every={before['aggregate-every']} cannot "
+            f"become {config.aggregate_every}; start a new run to change that"
+        )
     if settings:
         run.write_config(config)
     return run, config

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ret_fl.config import ConfigError, describe
-from ret_fl.events import MOVED
-from ret_fl.files import read_lines
+from ret_fl.cli_options import plural
+from ret_fl.config import ConfigError, off_default
+from ret_fl.history import Phase, read_phases
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import describe_row
 from ret_fl.rundir import RunDir
@@ -29,7 +31,7 @@ def show_run(path: Path) -> None:
     run = RunDir.existing(path)
     config, rows, ledger = run.read_config(), run.rows(), _ledger(run)
     console = Console(highlight=False)
-    changed = [s for s, d in zip(describe(config), describe(), strict=True) if s.value != d.value]
+    changed = off_default(config)
     console.print(f"[bold]{run.path}[/]")
     console.print("settings off their defaults: " + (", ".join(f"{s.key}={s.value}" for s in changed) or "none"))
     if not rows:
@@ -82,25 +84,49 @@ def _row(ledger: ShardLedger, i: int) -> list[str]:
 
 
 def show_sample(path: Path, sample: int) -> None:
-    """Print what the ledger knows of one sample."""
+    """Print where one sample was in every round, and how it fared."""
     ledger = _ledger(RunDir.existing(path))
     if sample >= len(ledger):
         raise ConfigError(f"--sample {sample}: the data has samples 0..{len(ledger) - 1}")
     _, shard, ratio, visits, skipped = _row(ledger, sample)
+    run = RunDir.existing(path)
+    phases = list(read_phases(run.history))
+    stays = list(_stays(phases, sample))
+    moves = list(_moves(stays, sample, ledger))
     console = Console(highlight=False)
     console.print(
-        f"sample {sample} is in shard {shard}; visited {visits} times, skipped {skipped} of them; mean log-ratio "
-        f"{ratio} (below 0: fitted better than its shard); visited with probability {ledger.probability[sample]:.2f}"
+        f"sample {sample} is in shard {shard}; visited {visits} times, skipped {skipped} of them, moved "
+        f"{plural(len(moves), 'time')}; mean log-ratio {ratio} (below 0: fitted better than its shard); visited with "
+        f"probability {ledger.probability[sample]:.2f}"
     )
-    for round, source, target in _journey(RunDir.existing(path), sample):
+    if not phases:
+        console.print("where it was in each round is not known: the run has no history/")
+    elif run.read_config().report == "tails":
+        console.print("report=tails: visits and skips are counted only in rounds in which it was in a tail")
+    for stay in stays:
+        console.print(_stay(stay, sample))
+    for round, source, target in moves:
         console.print(f"after round {round} it went from shard {source} to shard {target}")
 
 
-def _journey(run: RunDir, sample: int) -> list[tuple[int, int, int]]:
-    """Where a sample went: (after which round, from shard, to shard), in order; rounds done again count once."""
-    moves = {
-        e["round"]: (e["round"], e["shard"], e["to"])
-        for e in read_lines(run.events)
-        if e["event"] == MOVED and sample in e["ids"]
-    }
-    return [moves[round] for round in sorted(moves)]
+def _stays(phases: list[Phase], sample: int) -> Iterator[list[Phase]]:
+    """Rounds in a row in which a sample was in one shard."""
+    for _, stay in groupby(phases, key=lambda phase: int(phase.shard[sample])):
+        yield list(stay)
+
+
+def _moves(stays: list[list[Phase]], sample: int, ledger: ShardLedger) -> Iterator[tuple[int, int, int]]:
+    """(after which round, from shard, to shard), in order."""
+    shards = [int(stay[0].shard[sample]) for stay in stays] + [int(ledger.shard[sample])]
+    for stay, (source, target) in zip(stays, pairwise(shards), strict=True):
+        if source != target:
+            yield stay[-1].round, source, target
+
+
+def _stay(stay: list[Phase], sample: int) -> str:
+    first, last, shard = stay[0].round, stay[-1].round, int(stay[0].shard[sample])
+    visits, skips = (sum(int(getattr(phase, name)[sample]) for phase in stay) for name in ("visits", "skips"))
+    rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
+    text = f"{rounds}: in shard {shard}, visited {visits} times, skipped {skips}"
+    lost = [str(phase.round) for phase in stay if shard in phase.lost]
+    return text + (f"; the shard was not trained in round {', '.join(lost)}" if lost else "")

@@ -98,6 +98,9 @@ class _Open:
 class RedistributeEnsemble(Strategy):
     """Train K proxies on K shards, average them, redistribute samples.
 
+    With `aggregate-every = 0` nothing is averaged. A proxy's weights travel with its shard's orders and replies, so
+    that any node can train it on, and lie in its shard's state after every round: `shards[k].weights`.
+
     Parameters
     ----------
     ledger : ShardLedger
@@ -113,7 +116,7 @@ class RedistributeEnsemble(Strategy):
         Names the clients' local state; a resumed run must give the same.
     base : Strategy, optional
         Any Flower strategy that averages one ArrayRecord a reply: FedAvg, FedAdam, FedMedian, Krum, ... By default
-        what `aggregation.*` and `dp.*` say (ret_fl/aggregation.py).
+        what `aggregation.*` and `dp.*` say (ret_fl/aggregation.py). Where nothing is averaged there is none.
     roster : Roster, optional
         The nodes greeted so far.
     first_round : int
@@ -147,6 +150,8 @@ class RedistributeEnsemble(Strategy):
         self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
         self.run_key = run_key
         self.signer, self.frozen = signer, frozen
+        if base is not None and type(base) is not FedAvg and not config.averages:
+            raise ValueError(f"aggregate-every=0 averages nothing: leave out base={type(base).__name__}")
         self.base = base or make_base(config)
         _refuse_to_wait(self.base, ledger.num_shards)
         if config.private and wrapper_of(self.base) is None:
@@ -172,6 +177,9 @@ class RedistributeEnsemble(Strategy):
         log(INFO, "\t│\t├── Shards: %s samples", ", ".join(map(str, self.ledger.sizes())))
         log(INFO, "\t│\t├── AGC: %s, mem-ratio %g, t < %d", c.agc.mode, c.agc.mem_ratio, c.agc.t_max)
         log(INFO, "\t│\t├── Redistribution: %s", c.redistribution.policy)
+        if not c.averages:
+            log(INFO, "\t│\t└── Averaging: never, %d proxies stay apart", c.shards)
+            return
         log(INFO, "\t│\t└── Averaging: %s, every %d rounds", type(self.base).__name__, c.aggregate_every)
         self.base.summary()
 
@@ -195,15 +203,17 @@ class RedistributeEnsemble(Strategy):
             nodes = self.roster.wait_for_enough(grid)
         except FederationError as error:
             raise FederationError(f"round {round}: {error}. {self._how_to_resume()}") from None
-        # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
-        list(self.base.configure_train(round, arrays, config, cast(Grid, _ShardGrid(self.ledger.num_shards))))
+        if self.config.averages:
+            # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
+            shard_grid = cast(Grid, _ShardGrid(self.ledger.num_shards))
+            list(self.base.configure_train(round, arrays, config, shard_grid))
         shards = range(self.ledger.num_shards)
         norm = clipping_norm(config)
         orders = {shard: replace(self.order(round, shard), clipping_norm=norm) for shard in shards}
         work = {shard: self.config.visits(len(order.ids)) for shard, order in orders.items()}
         messages = {
             shard: Message(
-                orders[shard].pack(arrays),
+                orders[shard].pack(self.shards[shard].weights or arrays),
                 dst_node_id=node,
                 message_type=MessageType.TRAIN,
                 ttl=self.config.round_timeout,
@@ -220,6 +230,8 @@ class RedistributeEnsemble(Strategy):
         """What the client that trains `shard` in `round` needs to know."""
         ids = self.ledger.ids(shard)
         state = self.shards[shard]
+        # a proxy that missed an average (its reply was lost) is older than the global weights
+        missed = any(map(self.aggregates, range(state.proxy_round, round)))
         order = TrainOrder(
             config=self.config,
             run_key=self.run_key,
@@ -227,9 +239,8 @@ class RedistributeEnsemble(Strategy):
             shard=shard,
             round=round,
             proxy_round=state.proxy_round,
-            # a proxy that missed an average (its reply was lost) is older than the global weights
-            start="proxy" if not any(map(self.aggregates, range(state.proxy_round, round))) else "global",
-            upload=self.aggregates(round),
+            start=("global" if missed else "proxy") if self.config.averages else "sent",
+            upload=self.aggregates(round) or not self.config.averages,
             ids=ids,
             probability=self.ledger.probability[ids] / self.copies[ids],
             strength=self.ledger.strength[ids],
@@ -241,8 +252,9 @@ class RedistributeEnsemble(Strategy):
         return self.signer.signed(order) if self.signer else order
 
     def aggregates(self, round: int) -> bool:
-        """Whether the proxies are averaged after this round; after the last one they always are."""
-        return round % self.config.aggregate_every == 0 or round == self.config.num_server_rounds
+        """Whether the proxies are averaged after this round; after the last one they are, unless they never are."""
+        every = self.config.aggregate_every
+        return bool(every) and (round % every == 0 or round == self.config.num_server_rounds)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -267,9 +279,11 @@ class RedistributeEnsemble(Strategy):
         errands = self._open.errands
         reports = [report for _, report, _ in sound]
         arrays, metrics = self._average(round, sound) if self.aggregates(round) else (None, None)
-        for report in reports:
+        for _, report, weights in sound:
             self.ledger.absorb(report)
             shard = self.shards[report.shard]
+            if not self.config.averages:
+                shard.weights = weights
             shard.bank_values, shard.bank_visits = report.bank_values, report.bank_visits
             shard.proxy_round = round
             node = errands[report.shard].node
@@ -314,7 +328,9 @@ class RedistributeEnsemble(Strategy):
         except (ProtocolError, LedgerError) as error:
             opened.failures[shard] = str(error)
             return str(error)
-        if weights is not None and needs_the_mean_only(self.base):
+        if not self.config.averages:
+            reply.content = RecordDict()  # see protocol.find
+        elif weights is not None and needs_the_mean_only(self.base):
             opened.mean.add(weights, report)
             reply.content = RecordDict()  # the reply is held to the end of the round, its weights need not be
             weights = None

@@ -22,7 +22,7 @@ from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
 from ret_fl.diffusion.models import check_pretrained_schedule
 from ret_fl.diffusion.proxymodel import open_model, trained_parameters
-from ret_fl.diffusion.text_to_image import frozen_part, require_captions
+from ret_fl.diffusion.text_to_image import data_read, frozen_part, require_captions
 from ret_fl.dispatch import Dispatcher
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
@@ -62,13 +62,14 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     check_pretrained_schedule(config.model, config.diffusion)
     log(INFO, "results: %s", run.path)
 
-    data = load_splits(config.data)
+    data = load_splits(data_read(config))
     log(INFO, "data: %s", data.describe())
     require_captions(config, data.train)
     if checkpoint:
         _refuse_other_data(checkpoint, data)
         _refuse_other_model(checkpoint, config)
     _warn_of_duplicates(config, data)
+    _warn_of_mixing(config)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
     roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
     if checkpoint:
@@ -80,9 +81,10 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     arrays = pack_state(weights)
     del weights, checkpoint  # Flower keeps the first weights until the run ends: once is enough
     if remaining > 0:
-        arrays = strategy.start(grid, arrays, remaining, timeout=config.round_timeout, evaluate_fn=recorder).arrays
+        done = strategy.start(grid, arrays, remaining, timeout=config.round_timeout, evaluate_fn=recorder)
+        arrays = done.arrays if config.averages else arrays
     recorder.close()
-    finish(run, config, data, unpack_state(arrays), strategy.ledger)
+    finish(run, config, data, unpack_state(arrays), strategy.shards, strategy.ledger)
     log(INFO, "finished: %s", run.summary)
 
 
@@ -160,9 +162,15 @@ def _resumed(
         signer=_signer(config, data),
         frozen=checkpoint.frozen,
     )
-    # an EMA may have been turned on or off since
-    ema = part_of(checkpoint.weights, "ema.") if config.ema.decay else None
-    return strategy, state_of(part_of(checkpoint.weights, "raw."), ema)
+    for shard in strategy.shards:
+        if shard.weights is not None:
+            shard.weights = pack_state(_with_ema(config, unpack_state(shard.weights)))
+    return strategy, _with_ema(config, checkpoint.weights)
+
+
+def _with_ema(config: RunConfig, weights: State) -> State:
+    """Weights of a checkpoint as the run has them now: an EMA may have been turned on or off since."""
+    return state_of(part_of(weights, "raw."), part_of(weights, "ema.") if config.ema.decay else None)
 
 
 def _signer(config: RunConfig, data: DataSplits) -> Signer | None:
@@ -180,3 +188,14 @@ def _warn_of_duplicates(config: RunConfig, data: DataSplits) -> None:
     if copies:
         what = "each is visited 1/copies as often" if config.data.duplicates == "weight" else "all are trained on"
         log(WARNING, "%d exact duplicates: %s (data.duplicates)", copies, what)
+
+
+def _warn_of_mixing(config: RunConfig) -> None:
+    """Proxies that are kept apart are often meant to be forgotten apart."""
+    if not config.averages and config.redistribution.policy != "none":
+        log(
+            WARNING,
+            "proxies stay apart, but redistribution.policy=%s lets what one shard's samples do reach other shards: set "
+            "it to none if a sample must only ever touch its own proxy (docs/method.md)",
+            config.redistribution.policy,
+        )

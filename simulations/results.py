@@ -178,6 +178,7 @@ def _at_work(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
         "quarantine.": "quarantine" not in policy,
         "redistribution.": policy == ["none"],
         "dp.": settings["dp.mode"] == "off",
+        "ensemble": settings["aggregate-every"] != 0,
     }
     keep = ("agc.mode", "taa.mode", "redistribution.policy", "dp.mode")
     return {k: v for k, v in settings.items() if k in keep or not any(k.startswith(p) and idle[p] for p in idle)}

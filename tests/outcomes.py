@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Client, run_server
+from federations import assert_equal_states
 from flwr.app import Context, Message, MessageType
 
 from clients.app import app as client_app
 from ret_fl.checkpoint import Checkpoint, load_latest
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.ledger import ShardLedger
+from ret_fl.packing import unpack_state
 from ret_fl.protocol import TrainOrder
 from ret_fl.rundir import RunDir
 
@@ -35,6 +37,7 @@ SETTINGS: Mapping[str, Scalar] = {
     "quarantine.min-draws": 1,
 }
 PHASED: Mapping[str, Scalar] = SETTINGS | {"aggregate-every": 2}
+APART: Mapping[str, Scalar] = SETTINGS | {"aggregate-every": 0}
 
 
 RET_FL = "from ret_fl.cli import app; app()"
@@ -74,7 +77,7 @@ class Outcome:
 
     @classmethod
     def of(cls, run: RunDir) -> Outcome:
-        weights = next((run.final / "unet").glob("*.safetensors")).read_bytes()
+        weights = b"".join(file.read_bytes() for file in sorted(run.final.glob("**/unet/*.safetensors")))
         return cls(
             load_latest(run.checkpoints), [without_times(r) for r in run.rows()], ShardLedger.load(run.ledger), weights
         )
@@ -91,6 +94,9 @@ def assert_same_outcome(left: Outcome, right: Outcome) -> None:
         np.testing.assert_array_equal(one.bank_values, other.bank_values)
         np.testing.assert_array_equal(one.bank_visits, other.bank_visits)
         assert one.proxy_round == other.proxy_round
+        assert (one.weights is None) == (other.weights is None)
+        if one.weights is not None and other.weights is not None:
+            assert_equal_states(unpack_state(one.weights), unpack_state(other.weights))
     assert left.final == right.final
 
 

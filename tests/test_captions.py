@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from captioned import captioned_folder, text_config, text_settings, training_set
-from conftest import opened_model
+from conftest import opened_model, run_server
 from torch import Tensor
 
-from ret_fl.config import ConfigError, DataConfig, Scalar
+from ret_fl.config import ConfigError, DataConfig, RunConfig, Scalar
 from ret_fl.data.sources import load_images, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.latents import LatentObjective
+from ret_fl.diffusion.text_to_image import data_read
 
 pytest.importorskip("transformers")
 
@@ -66,7 +68,7 @@ def test_held_out_images_of_another_folder_have_the_captions_of_their_own_file(t
     assert found.captions is not None and found.outside is not None
     assert [own[0].startswith("beside") for own in found.captions] == found.outside.tolist()
     (beside / "captions.json").unlink()
-    with pytest.raises(ConfigError, match=r"beside.captions\.json cannot be read.*data\.captions='' trains without"):
+    with pytest.raises(ConfigError, match=r"beside.captions\.json cannot be read.*data\.captions='' reads none"):
         load_images(config)
     assert load_images(config.model_copy(update={"captions": ""})).captions is None
 
@@ -103,6 +105,40 @@ def test_captions_that_are_not_those_of_the_images_are_told(tmp_path: Path, capt
     with pytest.raises(ConfigError, match=rf"data\.captions: .*{message}"):
         load_images(folder_config(folder))
     assert load_images(folder_config(folder, captions="")).captions is None
+
+
+@pytest.mark.parametrize(
+    ("captions", "named"),
+    [
+        ({"/data/0/00.png": "a", "1/01.png": "b"}, ["/data/0/00.png", "00.png", "0/00.png"]),
+        ({"a/0/00.png": "x", "b/0/00.png": "y", "1/01.png": "b", "00.png": "c"}, ["a/0/00.png", "b/0/00.png"]),
+    ],
+)
+def test_a_path_that_may_be_several_files_is_refused_by_name(
+    tmp_path: Path, captions: object, named: list[str]
+) -> None:
+    folder = captioned_folder(tmp_path / "images", 2, captions=captions)
+    (folder / "00.png").write_bytes((folder / "1" / "01.png").read_bytes())
+    with pytest.raises(ConfigError) as error:
+        load_images(folder_config(folder))
+    assert all(name in str(error.value) for name in named)
+
+
+def test_the_very_path_counts_before_an_end_and_two_paths_may_say_the_same(tmp_path: Path) -> None:
+    told = {"x/0/00.png": "other", "0/00.png": "own", "a/1/01.png": "same", "b/1/01.png": "same"}
+    folder = captioned_folder(tmp_path / "images", 2, captions=told)
+    assert load_images(folder_config(folder)).captions == (("own",), ("same",))
+
+
+def test_a_run_that_is_told_no_text_does_not_look_at_captions(tiny: Callable[..., RunConfig], tmp_path: Path) -> None:
+    folder = captioned_folder(tmp_path / "images", 12, captions={"no": "caption of any image"})
+    changes: dict[str, Scalar] = {"data.source": "image-folder", "data.path": str(folder), "data.limit": 0}
+    config = tiny(changes, {"data.image-size": 8, "data.cache-dir": str(tmp_path / "cache"), "num-server-rounds": 1})
+    run = run_server(config, tmp_path / "run")
+    assert run.summary.is_file()
+    with pytest.raises(ConfigError, match="no caption"):
+        load_splits(config.data)
+    assert load_splits(data_read(config)).train.captions is None
 
 
 def test_captions_in_another_file_are_found_by_name(tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ def test_an_audit_takes_its_training_batches_as_data_and_its_test_batch_as_held_
 # --- hostile and damaged files ----------------------------------------------------------------------------------------
 
 
+DTYPE = b"\x80\x02cnumpy\ndtype\n(U\x02u8K\x00K\x01tR"
+ARRAY = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+
+
 class _Runs:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -104,6 +108,16 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path: Path, protocol
         (b"cnumpy\nndarray\n(K\x05\x85tR.", "numpy.ndarray is called"),
         # an array of objects
         (b"cnumpy\ndtype\n(U\x01OI00\nI01\ntR.", "only arrays of numbers"),
+        # BUILD on a type: fields, a sub-array, and a byte order that is none
+        (DTYPE + b"(K\x03U\x01|N(U\x01xt}K\x08K\x08K\x00tb.", "changes the type of an array"),
+        (DTYPE + b"(K\x03U\x01|(cnumpy\ndtype\nK\x02tNNK\x08K\x08K\x00tb.", "changes the type of an array"),
+        (DTYPE + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb.", "changes the type of an array"),
+        (DTYPE + b"(K\x03U\x01ONNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb.", "a byte order 'O'"),
+        (DTYPE + b"}b.", "changes the type of an array"),
+        # BUILD on an array: of a type that is none of ours, filled with a list
+        (ARRAY + b"(K\x01K\x01\x85U\x02u8\x89U\x08aaaaaaaatb.", "fills an array in a way"),
+        (ARRAY + b"(K\x01K\x01\x85" + DTYPE[2:] + b"\x89]tb.", "not filled with bytes"),
+        (ARRAY + b"(K\x01K\x09\x85" + DTYPE[2:] + b"\x89U\x08aaaaaaaatb.", "no whole pickle"),
         # BUILD on a function: would change the function that reads the next file
         (b"\x80\x02cnumpy\ndtype\n}U\x04call}sb.", "changes a function"),
         # NEWOBJ wants a class
@@ -125,6 +139,16 @@ def test_what_python_3_writes_in_an_old_protocol_is_read_too() -> None:
     table = {b"data": pixels(2, 0), b"labels": [1, 2]}
     again = read_pickle(pickle.dumps(table, 2), "batch")
     assert np.array_equal(again[b"data"], table[b"data"]) and again[b"labels"] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "|u1", ">f8", "<i4", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_numbers_of_every_kind_and_order_are_read(kind: str, order: str) -> None:
+    array = np.asarray(np.arange(12).reshape(3, 4) % 7, kind, order=order)  # type: ignore[call-overload]
+    for written in (pickle.dumps(array, 2), python2_pickle(array)):
+        again = read_pickle(written, "batch")
+        assert (again.dtype.kind, again.dtype.itemsize) == (array.dtype.kind, array.dtype.itemsize)
+        np.testing.assert_array_equal(again, array)
 
 
 def test_damaged_and_missing_batches_are_named(tmp_path: Path) -> None:

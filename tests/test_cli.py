@@ -16,6 +16,7 @@ from click.testing import Result
 from conftest import ROOT, TINY
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_pipelines import small_pipeline
 from typer.testing import CliRunner
 
 from ret_fl.cli import app
@@ -188,7 +189,7 @@ def test_a_run_that_fails_says_why_and_where_the_log_is(tmp_path: Path) -> None:
     assert "Traceback" in (out / "flower.log").read_text()
 
 
-@pytest.mark.parametrize("change", ["shards=5", "redistribution.policy=ballance", "agc.mem-ratio=0"])
+@pytest.mark.parametrize("change", ["shards=5", "redistribution.policy=ballance", "agc.mem-ratio=0", "text.noise=0.1"])
 def test_a_bad_change_to_a_resumed_run_leaves_it_as_it_was(run_dir: Path, change: str) -> None:
     before = (run_dir / "config.json").read_text()
     result = ret_fl("run", "--app", ROOT, "--resume", run_dir, "--set", change)
@@ -292,7 +293,7 @@ def test_the_code_in_the_summary_draws_without_ret_fl(tmp_path: Path, fold: int)
 
 def test_a_run_leaves_only_what_is_documented(run_dir: Path) -> None:
     files = "config.json metrics.jsonl events.jsonl ledger.npz samples.npy samples.png copies.png curves.png summary.md"
-    expected = {*files.split(), "flower.log", "checkpoints", "final", "tb", "proxies", "audit"}
+    expected = {*files.split(), "flower.log", "checkpoints", "final", "history", "tb", "proxies", "audit"}
     assert {p.name for p in run_dir.iterdir()} == expected
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["round-00001", "round-00002"]
 
@@ -333,6 +334,13 @@ def test_sample_refuses_plainly(run_dir: Path, tmp_path: Path, what: str) -> Non
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     assert (device if what == "device" else str(model)) in result.stderr
+
+
+@pytest.mark.parametrize("option", [["--prompt", "a dog"], ["--guidance", "2"], ["--label", "1"]])
+def test_sample_refuses_options_that_the_model_has_no_use_for(tmp_path: Path, option: list[str]) -> None:
+    result = ret_fl("sample", small_pipeline(tmp_path), *option)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert option[0] in result.stderr
 
 
 def test_show_tells_of_rounds_shards_and_samples(run_dir: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ret_fl.config import ConfigError, RunConfig, Scalar, describe
+from ret_fl.config import ConfigError, RunConfig, Scalar, describe, off_default
 from ret_fl.redistribution import parse_policy
 from ret_fl.settings import parse_change, read_preset, to_toml
 
@@ -152,7 +152,7 @@ changes = st.fixed_dictionaries(
         "optimizer.lr": st.floats(0, exclude_min=True, allow_nan=False),
         "redistribution.topology": st.sampled_from(["ring", "derangement"]),
         "quarantine.z": st.floats(max_value=0, exclude_max=True, allow_nan=False).filter(lambda z: z < 0),
-        "aggregate-every": st.integers(1, 9),
+        "aggregate-every": st.integers(0, 9),
     },
 )
 
@@ -283,3 +283,11 @@ class TestPresets:
 def test_a_number_given_for_a_text_is_taken_as_text() -> None:
     assert RunConfig.from_flat({"name": 7}).name == "7"
     assert parse_change("name=2026-01-01") == ("name", "2026-01-01")
+
+
+def test_a_learning_rate_that_is_the_models_own_is_not_off_its_default() -> None:
+    assert off_default(RunConfig()) == []
+    small = RunConfig.from_flat({"model.preset": "small", "shards": 3})
+    assert {s.key for s in off_default(small)} == {"model.preset", "shards"}
+    tuned = RunConfig.from_flat({"model.preset": "small", "optimizer.lr": 0.012})
+    assert {s.key for s in off_default(tuned)} == {"model.preset", "optimizer.lr"}

@@ -15,7 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import TINY, ret_fl
+from conftest import ROOT, TINY, ret_fl
+from tiny_pipelines import small_pipeline
 
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.deploy.certificates import Authority, make_node_key
@@ -50,6 +51,18 @@ def assert_fails(finding: Finding, *words: str) -> None:
 
 
 # --- this machine -----------------------------------------------------------------------------------------------
+
+
+def test_a_pretrained_model_of_another_noise_schedule_is_told(tmp_path: Path) -> None:
+    model = small_pipeline(tmp_path / "model")
+    schedule: dict[str, Scalar] = {"diffusion.timesteps": 100, "diffusion.prediction": "epsilon", "agc.t-max": 50}
+    linear: dict[str, Scalar] = {"diffusion.beta-schedule": "linear"}
+    finding = examine_machine(config(**schedule, **{"model.init-from": str(model)}))[-1]
+    assert finding.check == "model"
+    assert_fails(finding, "another schedule: set diffusion.beta-schedule=linear")
+    told = ret_fl("run", "--app", ROOT, "--out", tmp_path / "run", "--set", f"model.init-from={model}")
+    assert told.exit_code == 1 and "diffusion.timesteps=100" in told.stderr and not (tmp_path / "run").exists()
+    assert examine_machine(config(**schedule, **linear, **{"model.init-from": str(model)}))[4].verdict == Verdict.OK
 
 
 def test_a_machine_that_can_train_has_no_failure() -> None:

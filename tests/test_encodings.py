@@ -178,11 +178,32 @@ def test_changed_images_are_encoded_as_they_are(place: Path, counting: Counting)
     assert torch.equal(told, objective.batch(store, torch.tensor([0, 1]))[1])
 
 
-def test_encoders_take_no_memory_while_everything_is_known(place: Path) -> None:
+def test_mirrored_images_are_encoded_once_too(place: Path, counting: Counting) -> None:
+    config, turned = text_config(place), torch.tensor([True, False, True])
+    store, objective, ids = training_set(config), objective_of(config), torch.tensor([0, 3, 5])
+    objective.prepare(store, torch.arange(len(store)), mirrored=True)
+    assert counting.since()[0] == 2 * len(store)
+    torch.manual_seed(0)
+    kept, told = objective.batch(store, ids, mirrored=turned)
+    assert counting.since() == (0, 0)
+    torch.manual_seed(0)
+    uncached = objective_of(text_config(place, **{"text.cache": False})).batch(store, ids, mirrored=turned)
+    torch.testing.assert_close((kept, told), uncached, atol=1e-5, rtol=0)
+    assert counting.since() == (3, 3)
+    torch.manual_seed(0)
+    plain, _ = objective.batch(store, ids)
+    changed = [not torch.allclose(a, b, atol=1e-3) for a, b in zip(kept, plain, strict=True)]
+    assert changed == turned.tolist()
+    objective_of(config).prepare(store, torch.arange(len(store)))
+    assert counting.since() == (0, 0)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_encoders_take_no_memory_while_everything_is_known(place: Path, mirrored: bool) -> None:
     config = text_config(place)
     objective = objective_of(config)
-    objective.prepare(training_set(config), torch.arange(4))
-    objective.batch(training_set(config), torch.arange(4))
+    objective.prepare(training_set(config), torch.arange(4), mirrored=mirrored)
+    objective.batch(training_set(config), torch.arange(4), mirrored=torch.tensor([False, mirrored] * 2))
     assert not {"vae", "text_encoder"} & vars(objective.encoders).keys()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,28 @@ def test_a_warm_bank_holds_the_losses_of_the_model_that_is_given(tiny: Tiny) -> 
     assert report.bank_visits.sum() - before == 3 * n
     assert report.images == train(cold).report.images  # what fills the bank is not trained on
     assert report.visits.sum() == n and report.bank_values.max() > 0
+
+
+def test_a_bank_is_warmed_in_parts_of_micro_batch_to_the_same_end(tiny: Tiny) -> None:
+    banks, most = [], []
+    for micro_batch in (0, 3):
+        config = tiny(WARM, {"micro-batch": micro_batch})
+        data, trainer = load_splits(config.data), make_trainer(config)
+        losses, sizes = trainer.objective.losses, list[int]()
+
+        def watched(*arguments: Any, losses: Any = losses, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(arguments[1]))
+            return losses(*arguments)
+
+        trainer.objective.losses = watched  # type: ignore[method-assign]
+        torch.manual_seed(0)
+        round_ = Round(trainer, make_order(config), data.train, data.kind)
+        round_.warm_bank(np.random.default_rng(0))
+        banks.append(round_.bank)
+        most.append(max(sizes))
+    assert most[0] > 3 and most[1] == 3
+    torch.testing.assert_close(banks[0].values, banks[1].values)
+    assert torch.equal(banks[0].visits, banks[1].visits)
 
 
 def test_only_an_empty_bank_is_warmed(tiny: Tiny) -> None:

@@ -81,6 +81,28 @@ def test_the_test_split_in_files_of_its_own_never_trains(tmp_path: Path) -> None
     assert (len(saved.train), len(saved.held_out)) == (20, 0)  # the 5 of test are train's own: on neither side
 
 
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (datasets.ClassLabel(names=["a", "b", "c", "d"]), r"each in its own way \(3 classes: a, b, c; 4 classes: a, b"),
+        (datasets.ClassLabel(names=["b", "a", "c"]), "each in its own way"),
+        (datasets.Value("int64"), r"a row has class 3, and only 3 are declared"),
+        (datasets.Value("string"), "holds texts in one of"),
+    ],
+)
+def test_held_out_classes_that_are_not_those_of_training_are_refused(
+    tmp_path: Path, held_out: object, message: str
+) -> None:
+    table().to_parquet(tmp_path / "train.parquet")
+    texts = isinstance(held_out, datasets.Value) and held_out.dtype == "string"
+    labels = ["c", "d"] if texts else [1, 3] if isinstance(held_out, datasets.Value) else [1, 2]
+    features = datasets.Features({"image": datasets.Image(), "label": held_out})
+    rows = {"image": [picture(30), picture(31)], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ConfigError, match=rf"data\.label-column: .*{message}"):
+        from_hf(tmp_path / "train.parquet", tmp_path, held_out_path=str(tmp_path / "test.parquet"))
+
+
 def test_a_corrupt_row_is_named_and_skipped(tmp_path: Path) -> None:
     rows = table().cast_column("image", datasets.Image(decode=False)).to_list()
     rows[3]["image"] = {"bytes": b"broken", "path": None}

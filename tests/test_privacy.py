@@ -314,6 +314,7 @@ def test_a_lost_shard_stops_the_run(tiny: Tiny, federate: Federate) -> None:
         ({"data.duplicates": "weight"}, "data.duplicates=keep"),
         ({"agc.mode": "agc"}, "agc.mode=off"),
         ({"quorum": 0.5}, "quorum=1"),
+        ({"aggregate-every": 0}, "aggregate-every above 0"),
         ({"samples": 10}, r"samples=0, or dp\.audit=true"),
         ({"aggregation.strategy": "krum"}, r"aggregation.strategy=fedavg or fedavgm .* \(got krum"),
         ({"aggregation.strategy": "test_aggregation:halfway"}, r"\(got test_aggregation:halfway"),

@@ -119,6 +119,8 @@ def test_settings_that_do_nothing_do_not_tell_trainings_apart() -> None:
     assert same_training(plain, config(seed=3))
     for change in ({"agc.mode": "agc"}, {"redistribution.policy": "quarantine"}, {"optimizer.lr": 0.1}):
         assert not same_training(plain, config(**change))
+    apart = config(**{"aggregate-every": 0})
+    assert not same_training(apart, config(**{"aggregate-every": 0, "ensemble": "average"}))
     gated = config(**{"agc.mode": "agc"})
     assert not same_training(gated, config(**{"agc.mode": "agc", "agc.mem-ratio": 3.0}))
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, run_server
 from flwr.app import Context, Message
 from outcomes import (
+    APART,
     PHASED,
     RET_FL,
     SETTINGS,
@@ -57,6 +58,27 @@ def test_a_run_killed_in_every_round_goes_on_with_its_proxies_between_averages(t
     resumed = Outcome.of(run_server(config, out, resume=True))
     assert [row["shards"]["0"]["start"] for row in resumed.rows] == ["global", "proxy", "global", "proxy"]
     assert_same_outcome(resumed, uninterrupted(config))
+
+
+def test_a_run_killed_in_every_round_goes_on_with_proxies_that_are_never_averaged(tiny: Tiny, tmp_path: Path) -> None:
+    config, out = tiny(APART), tmp_path / "run"
+    killed_at(config, out, 1, 1)
+    for round in (2, 3, 4):
+        with pytest.raises(Killed):
+            run_server(config, out, killing(round, 1), resume=True)
+    resumed = Outcome.of(run_server(config, out, resume=True))
+    assert {row["shards"][shard]["start"] for row in resumed.rows for shard in "01"} == {"sent"}
+    assert sum(row["moved"] for row in resumed.rows) > 0
+    assert_same_outcome(resumed, uninterrupted(config))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0)])
+def test_proxies_stay_together_or_apart_when_a_run_is_resumed(
+    tiny: Tiny, tmp_path: Path, before: int, after: int
+) -> None:
+    killed_at(tiny(SETTINGS, {"aggregate-every": before}), tmp_path / "run", 2, 0)
+    with pytest.raises(ConfigError, match=f"aggregate-every={before} cannot become {after}"):
+        change_run(tmp_path / "run", {"aggregate-every": after})
 
 
 def _before_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

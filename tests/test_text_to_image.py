@@ -21,6 +21,7 @@ from tiny_pipelines import text_pipeline
 from torch import nn
 
 from ret_fl.audit.folder import load_audit
+from ret_fl.audit.shelf import open_shelf
 from ret_fl.auditing import own_drawing, training_prompts
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import ConfigError, RunConfig, Scalar
@@ -195,20 +196,29 @@ def test_a_node_measures_its_speed_for_a_text_to_image_model(place: Path) -> Non
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_run_ends_with_its_audit_and_more_images_can_be_drawn(place: Path, tmp_path: Path, lora: int) -> None:
-    config = text_config(place, **{"lora.rank": lora, "num-server-rounds": 1, "samples": 5, "sample-steps": 2})
+    brief: dict[str, Scalar] = {"num-server-rounds": 1, "samples": 5, "sample-steps": 2, "text.guidance": 2.0}
+    config = text_config(place, **brief, **{"lora.rank": lora})
     run = run_server(config, tmp_path / "run")
     audit, _ = load_audit(run.path)
     captions = {own[0] for own in training_set(config).captions or ()}
-    assert (audit.model.kind, audit.model.samples, audit.model.guidance) == ("run", 5, 7.5)
+    assert (audit.model.kind, audit.model.samples, audit.model.guidance) == ("run", 5, 2.0)
     assert len(audit.model.prompts) == 5 and set(audit.model.prompts) <= captions
     assert np.load(run.samples).shape == (5, 3, 16, 16)
     again = ret_fl("audit", run.path, "--device", "cpu")
     assert again.exit_code == 0, again.output
     assert load_audit(run.path)[0].replication == audit.replication
     out = tmp_path / "more.npy"
-    drawn = ret_fl("sample", run.path, "--prompt", "a dog", "--count", 3, "--steps", 2, "--out", out, "--device", "cpu")
-    assert drawn.exit_code == 0, drawn.output
-    assert np.load(out).shape == (3, 3, 16, 16)
+
+    def drawn(*more: object) -> np.ndarray:
+        options = ["--prompt", "a dog", "--count", 3, "--steps", 2, "--out", out, "--device", "cpu"]
+        done = ret_fl("sample", run.path, *options, *more)
+        assert done.exit_code == 0, done.output
+        return np.load(out)
+
+    as_the_run_draws = drawn()
+    assert as_the_run_draws.shape == (3, 3, 16, 16)
+    np.testing.assert_array_equal(as_the_run_draws, drawn("--guidance", 2.0))
+    assert (as_the_run_draws != drawn("--guidance", 7.5)).any()
     untold = ret_fl("sample", run.path, "--count", 1, "--device", "cpu")
     assert untold.exit_code == 1 and "--prompt" in untold.output
 
@@ -221,13 +231,22 @@ def test_prompts_are_the_same_for_every_run_on_the_data_and_drawn_with_replaceme
     assert training_prompts(RunConfig(), 5) == ()
 
 
-def test_adapters_whose_pipeline_is_gone_are_told(place: Path, tmp_path: Path) -> None:
+def test_adapters_whose_pipeline_is_another_or_gone_are_told(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "base")
     config = text_config(
         place, **LORA, **{"num-server-rounds": 1, "local-steps": 1, "model.init-from": str(tmp_path / "base")}
     )
     run = run_server(config, tmp_path / "run")
     assert own_drawing(run.path).prompts
+    before = open_shelf(tmp_path / "shelves", run.final, {})
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "base" / "unet")
+    with torch.no_grad():
+        unet.conv_in.bias += 0.1
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    assert open_shelf(tmp_path / "shelves", run.final, {}) != before
+    fingerprint.cache_clear()  # a new process
+    answer = ret_fl("sample", run.path, "--prompt", "a", "--device", "cpu")
+    assert answer.exit_code == 1 and "were trained on another pipeline" in answer.output.replace("\n", " ")
     shutil.rmtree(tmp_path / "base")
     answer = ret_fl("sample", run.path, "--prompt", "a", "--device", "cpu")
     assert answer.exit_code == 1 and "base, which is gone: correct 'base' in lora_base.json" in answer.output
@@ -260,6 +279,7 @@ def test_a_node_with_another_model_is_refused(place: Path, tmp_path: Path) -> No
         ({"model.init-from": "nowhere"}, r"nowhere is no folder here"),
         ({"model.init-from": "", "lora.rank": 2}, r"lora\.rank adapts a pretrained text-to-image model"),
         ({"service.address": "localhost:1"}, r"a sample service serves no captions"),
+        ({"aggregate-every": 0}, r"set aggregate-every=1 or more"),
     ],
 )
 def test_what_does_not_fit_is_said_with_the_setting(

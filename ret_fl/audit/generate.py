@@ -16,9 +16,18 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from ret_fl.audit.pipelines import Kind, is_text_to_image, load_pixels, locate, pixel_sampler, text_sampler
+from ret_fl.audit.pipelines import (
+    Kind,
+    asked_at_once,
+    is_text_to_image,
+    load_pixels,
+    locate,
+    pixel_sampler,
+    text_sampler,
+)
 from ret_fl.audit.ready import Channels, fitted, read_some
 from ret_fl.audit.shelf import draw_missing, open_shelf
+from ret_fl.diffusion.ensemble import How, is_ensemble, read_ensemble
 
 Denoiser = tuple[UNet2DModel, DDPMScheduler, int]
 """A U-Net, its noise schedule and fold factor (`ret_fl.diffusion.models.fold_factor`)."""
@@ -36,6 +45,7 @@ class Generated:
     seed, steps, parameters: of the model; None for ready images.
     left_out: ready images beyond those asked for.
     prompts, guidance: of text-to-image. image_size (0: their own), channels: what the images were brought to.
+    ensemble: how they were drawn from the K proxies of a run that averaged nothing; None for one model.
     """
 
     images: Tensor
@@ -49,6 +59,7 @@ class Generated:
     guidance: float | None = None
     image_size: int = 0
     channels: Channels = "auto"
+    ensemble: How | None = None
 
 
 def generate(
@@ -69,7 +80,8 @@ def generate(
     """Images of `model`: a run's folder, a diffusers pipeline folder, a folder of images, or a .npy file.
 
     Pixel U-Nets (UNet2DModel) are sampled with DDIM (Song et al. 2021), eta 0, and all their classes in turn;
-    text-to-image pipelines with their own scheduler. Images kept by a run are not used: they are drawn anew.
+    text-to-image pipelines with their own scheduler. Of proxies that were never averaged the folder says how images are
+    drawn (`ret_fl.diffusion.ensemble`). Images kept by a run are not used: they are drawn anew.
 
     Args:
         samples: how many images; of ready images so many, evenly spread, or all if there are fewer.
@@ -116,7 +128,7 @@ def generate(
     else:
         draw, parameters = pixel_sampler(folder, seed, steps, device)
     shelf = open_shelf(cache, folder, key) if cache else None
-    images = draw_missing(draw, samples, batch_size, shelf, on_progress)
+    images = draw_missing(draw, samples, asked_at_once(folder, batch_size), shelf, on_progress)
     return Generated(
         fitted(images, image_size, channels),
         kind,
@@ -128,13 +140,15 @@ def generate(
         guidance=guidance if by_text else None,
         image_size=image_size,
         channels=channels,
+        ensemble=read_ensemble(folder).how if is_ensemble(folder) else None,
     )
 
 
 def load_denoiser(model: Path, device: torch.device | str) -> Denoiser | None:
     """U-Net (on `device`, in eval mode), noise schedule and fold factor, for attacks that need losses.
 
-    None for ready images; with a warning for text-to-image, and for models that predict neither the noise nor the
+    Of proxies that were never averaged the U-Net is all of them, and predicts the mean of what they predict. None for
+    ready images; with a warning for text-to-image, and for models that predict neither the noise nor the
     velocity. Raises as `generate`.
     """
     kind, folder = locate(model)

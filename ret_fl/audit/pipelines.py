@@ -18,12 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ret_fl.data.folder import IMAGE_SUFFIXES
-from ret_fl.diffusion.sampling import draw_images, load_pipeline, noise_shape, start_noise
-from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE
+from ret_fl.diffusion.ensemble import AveragedUNet, Ensemble, How, is_ensemble, read_ensemble
+from ret_fl.diffusion.sampling import draw_ids, draw_images, image_shape, load_pipeline, noise_shape, start_noise
+from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE, frozen_fingerprint
 
 Kind = Literal["run", "pipeline", "images"]
 Draw = Callable[[int, int], Tensor]
 """draw(first, count) -> images first..first+count-1, float32 [count, C, H, W] in [0, 1] on the CPU."""
+AT_ONCE = 64
+"""Images that one model draws at once."""
 TEXT_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -35,8 +38,11 @@ def locate(model: Path) -> tuple[Kind, Path]:
         return "pipeline", model
     if is_adapters(model):
         return "pipeline", model
-    if (model / "final" / "model_index.json").is_file() or is_adapters(model / "final"):
-        return "run", model / "final"
+    if is_ensemble(model):
+        return "pipeline", model
+    final = model / "final"
+    if (final / "model_index.json").is_file() or is_adapters(final) or is_ensemble(final):
+        return "run", final
     if (model / "config.json").is_file():
         config = _read_json(model / "config.json")
         if "num-server-rounds" in config:
@@ -83,6 +89,16 @@ def pipeline_of(folder: Path) -> Path:
     return base
 
 
+def _require_base(folder: Path) -> None:
+    """Raise `ValueError` if the pipeline that adapters name is no longer the one they were trained on."""
+    base = pipeline_of(folder)
+    if frozen_fingerprint(base, lora=True) != _read_json(folder / BASE_FILE).get("fingerprint"):
+        raise ValueError(
+            f"its adapters were trained on another pipeline than the one that now lies in {base}: bring that one back, "
+            f"or correct 'base' in {BASE_FILE}"
+        )
+
+
 def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
     """The parts of a pipeline that are there, by name: (library, class)."""
     index = _read_json(folder / "model_index.json")
@@ -91,7 +107,9 @@ def parts_of(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def is_text_to_image(folder: Path) -> bool:
-    """False for a pipeline of a UNet2DModel in pixels. Raises `ValueError` if the pipeline is neither."""
+    """False for a pipeline of a UNet2DModel in pixels, or K. Raises `ValueError` if the pipeline is neither."""
+    if is_ensemble(folder):
+        return False
     folder = pipeline_of(folder)
     parts = parts_of(folder)
     if set(parts) == {"unet", "scheduler"} and parts["unet"][1] == "UNet2DModel":
@@ -123,7 +141,28 @@ def _loading(folder: Path, *libraries: ModuleType) -> Iterator[None]:
 
 
 def load_pixels(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
-    """U-Net, noise schedule and fold factor; `ValueError` where DDIM cannot follow them."""
+    """U-Net, noise schedule and fold factor; of an ensemble the one that averages the predictions of all, in memory.
+
+    Raises `ValueError` where DDIM cannot follow them.
+    """
+    if not is_ensemble(folder):
+        return _load_pixels(folder)
+    ensemble = read_ensemble(folder)
+    loaded = [_load_pixels(member) for member in ensemble.members]
+    kinds = {(noise_shape(unet), unet.config.num_class_embeds, fold, repr(s.config)) for unet, s, fold in loaded}
+    if len(kinds) > 1:
+        raise ValueError(f"{folder} is no ensemble: its proxies differ in size, classes or noise schedule")
+    _, scheduler, fold = loaded[0]
+    return AveragedUNet([unet for unet, _, _ in loaded], ensemble.shares.tolist()), scheduler, fold
+
+
+def pixel_shape(folder: Path) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a U-Net in pixels, or of an ensemble, of which one proxy is loaded to see."""
+    unet, _, fold = _load_pixels(read_ensemble(folder).members[0] if is_ensemble(folder) else folder)
+    return image_shape(unet, fold)
+
+
+def _load_pixels(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
     with _loading(folder, diffusers):
         unet, scheduler, fold = load_pipeline(folder)
         noise_shape(unet)
@@ -142,9 +181,19 @@ def load_pixels(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
 
 
 def pixel_sampler(
-    folder: Path, seed: int, steps: int, device: torch.device | str, label: int | None = None
+    folder: Path,
+    seed: int,
+    steps: int,
+    device: torch.device | str,
+    label: int | None = None,
+    how: How | None = None,
 ) -> tuple[Draw, int]:
-    """How to draw from a U-Net in pixels, and its number of parameters. label: the only class to draw, None: all."""
+    """How to draw from a U-Net in pixels, and its number of parameters. label: the only class to draw, None: all.
+
+    how: in place of what an ensemble's folder says, which must be one then.
+    """
+    if is_ensemble(folder) and (how or read_ensemble(folder).how) == "choose":
+        return _choosing_sampler(read_ensemble(folder), seed, steps, device, label)
     unet, scheduler, fold = load_pixels(folder)
 
     def draw(first: int, count: int) -> Tensor:
@@ -154,6 +203,40 @@ def pixel_sampler(
         )  # fmt: skip
 
     return draw, unet.num_parameters()
+
+
+def _choosing_sampler(
+    ensemble: Ensemble, seed: int, steps: int, device: torch.device | str, label: int | None
+) -> tuple[Draw, int]:
+    """Each image from one proxy of an ensemble, of which one is in memory at a time; parameters: of all of them."""
+    unet, _, fold = _load_pixels(ensemble.members[0])
+    parameters, shape = unet.num_parameters() * len(ensemble.members), image_shape(unet, fold)
+    del unet
+
+    def draw(first: int, count: int) -> Tensor:
+        which = ensemble.chosen(seed, range(first, first + count))
+        images = torch.empty(count, *shape)
+        for shard in np.unique(which):
+            mine = np.flatnonzero(which == shard)
+            unet, scheduler, fold = _load_pixels(ensemble.members[shard])
+            images[torch.from_numpy(mine)] = draw_ids(
+                unet, scheduler, (first + mine).tolist(), seed=seed, steps=steps, fold=fold, label=label,
+                batch_size=AT_ONCE, device=device,
+            )  # fmt: skip
+            del unet
+        return images
+
+    return draw, parameters
+
+
+def asked_at_once(folder: Path, size: int, how: How | None = None) -> int:
+    """Images to ask `pixel_sampler` for where a model is to draw `size` at once: of each proxy, where they take turns.
+
+    The more are asked for at once, the fewer times a proxy is loaded.
+    """
+    if not is_ensemble(folder) or (how or read_ensemble(folder).how) != "choose":
+        return size
+    return size * len(read_ensemble(folder).members)
 
 
 def text_sampler(
@@ -215,6 +298,7 @@ def _load_text_to_image(folder: Path, kind: type) -> diffusers.DiffusionPipeline
             pipeline_of(folder), local_files_only=True, low_cpu_mem_usage=False, **unchecked
         )
         if is_adapters(folder):
+            _require_base(folder)
             pipeline.unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, local_files_only=True)
             side = _read_json(folder / BASE_FILE)["image_size"] // pipeline.vae_scale_factor
             pipeline.unet.register_to_config(sample_size=side)

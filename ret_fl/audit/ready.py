@@ -107,6 +107,7 @@ def _decoded(folder: Path, image_size: int, channels: Channels, cache: Path) -> 
         image_size=image_size,
         channels=channels,
         on_corrupt="refuse",
+        captions="",
         cache_dir=str(cache),
     )
     try:

@@ -173,6 +173,7 @@ def _settings(audit: Audit) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Audited", {
             "model": model.name, "path": model.path, "kind": kind[model.kind], "samples": model.samples,
             "seed of the noise": model.seed, "sampling steps": model.steps, "parameters": model.parameters,
+            "drawn from proxies kept apart": model.ensemble,
             "prompts": len(model.prompts) or None, "guidance": model.guidance,
             "brought to side": model.image_size or None,
             "brought to colours": None if model.channels == "auto" else model.channels,

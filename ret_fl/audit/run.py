@@ -153,6 +153,7 @@ def run_audit(
             guidance=generated.guidance,
             image_size=generated.image_size,
             channels=generated.channels,
+            ensemble=generated.ensemble,
         ),
         data=_data_info(data),
         replication=copies,

@@ -30,7 +30,8 @@ class ModelInfo(Part):
     """What was audited, and how its images were drawn or read.
 
     kind: a ret-fl run, a diffusers pipeline, or images without a model. prompts, guidance: of text-to-image. image_size
-    (0: their own), channels: what the images were brought to; None in audits made before it was kept.
+    (0: their own), channels: what the images were brought to; None in audits made before it was kept. ensemble: how
+    they were drawn from K proxies that were never averaged; None for one model.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelInfo(Part):
     guidance: float | None = None
     image_size: int | None = None
     channels: Literal["auto", "grey", "rgb"] | None = None
+    ensemble: Literal["choose", "average"] | None = None
 
 
 class Measuring(Part):

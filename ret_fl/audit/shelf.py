@@ -8,7 +8,7 @@ import logging
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ret_fl.audit.pipelines import Draw, parts_of, pipeline_of
+from ret_fl.diffusion.ensemble import ENSEMBLE_FILE, is_ensemble, read_ensemble
 from ret_fl.diffusion.sampling import FOLD_FILE
 from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE
 from ret_fl.files import sync, write_atomically
@@ -58,16 +59,28 @@ def open_shelf(cache: Path, folder: Path, key: dict[str, Any]) -> Path:
 
 
 def _content_digest(folder: Path) -> str:
-    """SHA-256 (hex) of the names and contents of the files that make up a pipeline."""
+    """SHA-256 (hex) of the names and contents of the files that make up a pipeline, or the pipelines of an ensemble."""
     digest = hashlib.sha256()
-    whole, alone = pipeline_of(folder), [folder / LORA_FILE, folder / BASE_FILE]
-    inside = [file for part in parts_of(whole) if part != "safety_checker" for file in (folder / part).rglob("*")]
-    for file in sorted([folder / "model_index.json", folder / FOLD_FILE, *alone, *inside]):
+    if is_ensemble(folder):
+        digest.update((folder / ENSEMBLE_FILE).read_bytes())
+        for member in read_ensemble(folder).members:
+            digest.update(f"{member.name}\0{_content_digest(member)}\n".encode())
+        return digest.hexdigest()
+    whole = pipeline_of(folder)
+    inside = [file for part in parts_of(whole) if part != "safety_checker" for file in (whole / part).rglob("*")]
+    _add_files(digest, whole, [whole / "model_index.json", whole / FOLD_FILE, *inside])
+    if whole != folder:  # adapters, beside the pipeline they belong to
+        _add_files(digest, folder, [folder / LORA_FILE, folder / BASE_FILE])
+    return digest.hexdigest()
+
+
+def _add_files(digest: Any, folder: Path, files: Sequence[Path]) -> None:
+    """Names inside the folder and contents, of those files that are there."""
+    for file in sorted(files):
         if file.is_file():
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(folder).as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()
 
 
 def _batch_file(shelf: Path, first: int) -> Path:

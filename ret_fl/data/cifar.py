@@ -148,7 +148,7 @@ def _batch(content: bytes, name: str, layout: Layout) -> tuple[np.ndarray, np.nd
             f"data.path: {name}: its {layout.labels.decode()!r} must be {len(pixels)} classes below "
             f"{layout.num_classes}"
         )
-    return pixels, np.array(classes, np.int64)
+    return np.asarray(pixels), np.array(classes, np.int64)
 
 
 # Unpickling
@@ -182,18 +182,49 @@ class _Call:
         raise ConfigError("it changes a function")
 
 
+class _NumericType:
+    """Stands in for a numpy.dtype of numbers: an array of objects could hold anything.
+
+    A pickle may set no more of it than its byte order; a real dtype's state could make it one of objects.
+    """
+
+    __slots__ = ("kind",)
+
+    def __init__(self, code: str | bytes, *_: object) -> None:
+        text = code.decode("ascii") if isinstance(code, bytes) else str(code)
+        self.kind = np.dtype(text)
+        if self.kind.kind not in "biuf" or self.kind.fields is not None or self.kind.subdtype is not None:
+            raise ConfigError(f"an array of type {text!r}: only arrays of numbers are read")
+
+    def __setstate__(self, state: object) -> None:
+        """numpy's (3, byte order, no sub-array, no names, no fields, -1, -1, 0)."""
+        plain = (None, None, None, -1, -1, 0)
+        if not isinstance(state, tuple) or (*state[:1], *state[2:]) != (3, *plain):
+            raise ConfigError("it changes the type of an array: only plain numbers are read")
+        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "|", "="):
+            raise ConfigError(f"a byte order {order!r}")
+        if order == "<":
+            self.kind = self.kind.newbyteorder("<")
+        elif order == ">":
+            self.kind = self.kind.newbyteorder(">")
+
+
+class _NumericArray(np.ndarray):
+    """What numpy's _reconstruct gives, an empty array that the pickle then fills: with numbers only."""
+
+    def __setstate__(self, state: object) -> None:
+        """numpy's (version, shape, type, whether in Fortran order, bytes)."""
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _NumericType):
+            raise ConfigError("it fills an array in a way that is not numpy's own")
+        version, shape, kind, fortran, content = state
+        if not isinstance(content, bytes):
+            raise ConfigError("an array that is not filled with bytes")
+        super().__setstate__((version, shape, kind.kind, fortran, content))
+
+
 def _empty_array(*_: object) -> np.ndarray:
-    """What numpy's _reconstruct gives: an array that the pickle then fills."""
-    return np.empty(0, np.uint8)
-
-
-def _numeric_type(code: str | bytes, *_: object) -> np.dtype[Any]:
-    """numpy.dtype, of numbers only: an array of objects could hold anything."""
-    text = code.decode("ascii") if isinstance(code, bytes) else str(code)
-    kind = np.dtype(text, False, True)
-    if kind.kind not in "biuf":
-        raise ConfigError(f"an array of type {text!r}: only arrays of numbers are read")
-    return kind
+    return np.empty(0, np.uint8).view(_NumericArray)
 
 
 def _latin1(text: str, encoding: str | bytes) -> bytes:
@@ -211,7 +242,7 @@ _KNOWN: Mapping[tuple[str, str], _Call] = {
     ("numpy.core.multiarray", "_reconstruct"): _Call(_empty_array),
     ("numpy._core.multiarray", "_reconstruct"): _Call(_empty_array),
     ("numpy", "ndarray"): _Call(_no_call),
-    ("numpy", "dtype"): _Call(_numeric_type),
+    ("numpy", "dtype"): _Call(_NumericType),
     ("_codecs", "encode"): _Call(_latin1),
 }
 """What a pickle may name, and what stands in for it: nothing is imported."""

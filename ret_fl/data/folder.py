@@ -83,27 +83,52 @@ def _captions(path: Path, root: Path, images: list[Path]) -> Captions:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"data.captions: {path} cannot be read: {error}; data.captions='' trains without captions"
-        ) from None
+        raise ConfigError(f"data.captions: {path} cannot be read: {error}; data.captions='' reads none") from None
     if not isinstance(told, dict):
         raise ConfigError(f"data.captions: {path} must hold one object, from the path of an image to its captions")
-    depths = {len(PurePosixPath(name).parts) for name in names}
-    by_end: dict[str, object] = {}
-    for key, value in told.items():
-        parts = PurePosixPath(key.replace("\\", "/")).parts
-        by_end |= {"/".join(parts[-depth:]): value for depth in depths}
+    keys = _keys(told, names, path)
     captions = []
     for name in names:
-        own = told.get(name, by_end.get(name))
+        own = told[keys[name]] if name in keys else None
         own = [own] if isinstance(own, str) else own
         if not isinstance(own, list) or not own or not all(isinstance(text, str) for text in own):
             raise ConfigError(
-                f"data.captions: {path} gives {name} no caption (a text, or a list of some); data.captions='' trains "
-                "without captions"
+                f"data.captions: {path} gives {name} no caption (a text, or a list of some); data.captions='' reads "
+                "none"
             )
         captions.append(tuple(own))
     return tuple(captions)
+
+
+def _keys(told: dict[str, object], names: list[str], path: Path) -> dict[str, str]:
+    """Which key of a captions file is about each image: its very path, else the key that ends with it.
+
+    Raises `ConfigError` where that leaves a choice: other captions by two keys for one image, or two images for a key.
+    """
+    exact = {name for name in names if name in told}
+    keys = {name: name for name in exact}
+    known, depths = set(names), sorted({len(PurePosixPath(name).parts) for name in names}, reverse=True)
+    for key in told:
+        if key in exact:
+            continue
+        parts = PurePosixPath(key.replace("\\", "/")).parts
+        ends = ["/".join(parts[-depth:]) for depth in depths if depth <= len(parts)]
+        ends = [end for end in ends if end in known]
+        if ends and ends[0] in exact:
+            continue  # about an image that the file names by its very path, too
+        found = [end for end in ends if end not in exact]
+        if len(found) > 1:
+            raise ConfigError(
+                f"data.captions: {path} has {key}, whose end is the path of {found[0]} and of {found[1]}: write paths "
+                "as they are below the image folder"
+            )
+        for name in found:
+            if told[keys.setdefault(name, key)] != told[key]:
+                raise ConfigError(
+                    f"data.captions: {path} has other captions for {keys[name]} than for {key}, and both may be "
+                    f"{name}: write paths as they are below the image folder"
+                )
+    return keys
 
 
 def _classes(paths: list[Path]) -> tuple[np.ndarray | None, int]:

@@ -155,14 +155,38 @@ def _captions(datasets: Sequence[Any], config: DataConfig) -> Captions | None:
 def _labels(datasets: Sequence[Any], config: DataConfig) -> tuple[np.ndarray | None, int]:
     if any(config.label_column not in dataset.column_names for dataset in datasets):
         return None, 0
-    values = np.concatenate([np.array(dataset[config.label_column][:]) for dataset in datasets])
+    columns = [np.array(dataset[config.label_column][:]) for dataset in datasets]
+    if len({column.dtype.kind == "U" for column in columns}) > 1:
+        raise ConfigError(
+            f"data.label-column: {config.label_column!r} holds texts in one of data.path and data.held-out-path, and "
+            "numbers in the other"
+        )
+    values = np.concatenate(columns)
     if values.ndim != 1 or values.dtype.kind not in "iubU":
         raise ConfigError(
             f"data.label-column: {config.label_column!r} must hold one integer or string a row; "
             "name another column, or one that does not exist to go without classes"
         )
-    declared = getattr(datasets[0].features[config.label_column], "num_classes", None)
-    if declared is not None and values.min() >= 0:
-        return values.astype(np.int64), int(declared)
+    told = [getattr(dataset.features[config.label_column], "names", None) for dataset in datasets]
+    declared = next((own for own in told if own is not None), None)
+    if odd := [own for own in told if own is not None and own != declared]:
+        raise ConfigError(
+            f"data.label-column: data.path and data.held-out-path number their classes each in its own way "
+            f"({_shortened(declared)}; {_shortened(odd[0])}): save both with the same classes, or name a column that "
+            "does not exist to go without"
+        )
+    if declared is not None and values.dtype.kind in "iu" and values.min() >= 0:
+        if (most := int(values.max())) >= len(declared):
+            raise ConfigError(
+                f"data.label-column: a row has class {most}, and only {len(declared)} are declared "
+                f"({_shortened(declared)}): save data.path and data.held-out-path with the same classes"
+            )
+        return values.astype(np.int64), len(declared)
     names, labels = np.unique(values, return_inverse=True)
     return labels.astype(np.int64), len(names)
+
+
+def _shortened(names: Sequence[str] | None) -> str:
+    """Some names of classes, and how many there are."""
+    names = list(names or ())
+    return f"{len(names)} classes: {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")

@@ -20,7 +20,7 @@ from ret_fl.config import ConfigError
 from ret_fl.data.store import Samples, SampleStore
 from ret_fl.diffusion.encoders import Encoders, fingerprint
 from ret_fl.diffusion.encodings import EncodingFile, encoding_file
-from ret_fl.diffusion.objective import Change, Objective
+from ret_fl.diffusion.objective import Change, Objective, as_seen
 from ret_fl.diffusion.sampling import start_noise
 from ret_fl.sections import TextConfig
 
@@ -29,13 +29,14 @@ from ret_fl.sections import TextConfig
 class Captioned:
     """A store with captions, and what is on disk of its encodings.
 
-    texts: distinct captions. rows: int64, for each sample, where its captions are in `texts`.
+    texts: distinct captions. rows: int64, for each sample, where its captions are in `texts`. latents: of images as
+    they are (False) and mirrored (True), where they were asked for.
     """
 
     store: SampleStore
     texts: list[str]
     rows: list[NDArray[np.int64]]
-    latents: EncodingFile | None
+    latents: dict[bool, EncodingFile]
     embeddings: EncodingFile | None
 
 
@@ -63,24 +64,28 @@ class LatentObjective(Objective):
         """Whether captions are changed at every visit, so that their embeddings cannot be kept."""
         return bool(self.text.insert_tokens or self.text.replace_tokens)
 
-    def prepare(self, store: Samples, ids: Tensor) -> None:
+    def prepare(self, store: Samples, ids: Tensor, *, mirrored: bool = False) -> None:
         """Encode what the cache lacks of these samples (int64 [n]); afterwards the encoders' memory is free."""
         captioned = self._captioned(store)
-        self._fill_latents(captioned, ids)
+        if self.cache is not None:
+            for turned in (False, True) if mirrored else (False,):
+                self._filled(captioned, ids, turned)
         if not self._rewrites:
             self._fill_embeddings(captioned, np.concatenate([self._readable(captioned, i) for i in ids.tolist()]))
         self.encoders.release()
 
-    def batch(self, store: Samples, ids: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, store: Samples, ids: Tensor, change: Change | None = None, mirrored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latents float32 [B, C, h, w] drawn from their posteriors, and embeddings [B, length, width].
 
         Images that go through `change` are encoded anew. Raises `ConfigError` for a store without captions.
         """
         captioned = self._captioned(store)
         if change:
-            posterior = self.encoders.posterior(change(store.fetch(ids, self.device)[0]))
+            posterior = self.encoders.posterior(as_seen(store.fetch(ids, self.device)[0], change, mirrored))
         else:
-            posterior = self._posterior(captioned, ids)
+            posterior = self._posterior(captioned, ids, mirrored)
         mean, deviation = posterior.unbind(1)
         # contiguous, as what is read from disk is: noise is drawn in the order of memory
         latents = mean + deviation * torch.randn_like(mean, memory_format=torch.contiguous_format)
@@ -110,18 +115,35 @@ class LatentObjective(Objective):
 
     # images
 
-    def _posterior(self, captioned: Captioned, ids: Tensor) -> Tensor:
-        if captioned.latents is None:
-            return self.encoders.posterior(captioned.store.fetch(ids, self.device)[0])
-        self._fill_latents(captioned, ids)
-        return captioned.latents.read(ids.numpy()).to(self.device)
+    def _posterior(self, captioned: Captioned, ids: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        if self.cache is None:
+            images, _ = captioned.store.fetch(ids, self.device)
+            return self.encoders.posterior(as_seen(images, None, mirrored))
+        turned = torch.zeros(len(ids), dtype=torch.bool) if mirrored is None else mirrored.cpu()
+        posterior = torch.empty(len(ids), 2, *self.encoders.latent_shape(captioned.store.image_shape))
+        for which in turned.unique().tolist():
+            chosen = ids[turned == which]
+            posterior[turned == which] = self._filled(captioned, chosen, which).read(chosen.numpy())
+        return posterior.to(self.device)
 
-    def _fill_latents(self, captioned: Captioned, ids: Tensor) -> None:
-        if captioned.latents is not None:
-            captioned.latents.fill(
-                ids.numpy(),
-                lambda rows: self.encoders.posterior(captioned.store.fetch(torch.from_numpy(rows), self.device)[0]),
+    def _filled(self, captioned: Captioned, ids: Tensor, mirrored: bool) -> EncodingFile:
+        """The file of latents, mirrored or not, with those of these samples in it."""
+        store, folder = captioned.store, self.encoders.folder
+        if mirrored not in captioned.latents:
+            assert self.cache is not None, "without a cache nothing is kept"
+            captioned.latents[mirrored] = encoding_file(
+                self.cache,
+                ["mirrored latents" if mirrored else "latents", store.fingerprint, fingerprint(folder, "vae")],
+                len(store),
+                (2, *self.encoders.latent_shape(store.image_shape)),
             )
+
+        def encode(rows: NDArray[np.int64]) -> Tensor:
+            images, _ = store.fetch(torch.from_numpy(rows), self.device)
+            return self.encoders.posterior(images.flip(-1) if mirrored else images)
+
+        captioned.latents[mirrored].fill(ids.numpy(), encode)
+        return captioned.latents[mirrored]
 
     # captions
 
@@ -199,18 +221,12 @@ class LatentObjective(Objective):
         rows = [np.array([place[text] for text in own], np.int64) for own in captions]
         texts = list(place)
         if self.cache is None:
-            return Captioned(store, texts, rows, None, None)
+            return Captioned(store, texts, rows, {}, None)
         folder, encoders = self.encoders.folder, self.encoders
-        latents = encoding_file(
-            self.cache,
-            ["latents", store.fingerprint, fingerprint(folder, "vae")],
-            len(store),
-            (2, *encoders.latent_shape(store.image_shape)),
-        )
         embeddings = encoding_file(
             self.cache,
             ["embeddings", texts, fingerprint(folder, "tokenizer", "text_encoder")],
             len(texts),
             (encoders.length, encoders.width),
         )
-        return Captioned(store, texts, rows, latents, embeddings)
+        return Captioned(store, texts, rows, {}, embeddings)

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 
 from ret_fl.config import ConfigError, DiffusionConfig, ModelConfig
 from ret_fl.diffusion.sampling import saved_fold
-from ret_fl.diffusion.text_to_image import is_text_to_image
+from ret_fl.diffusion.text_to_image import is_stable_diffusion
 
 
 def _blocks(kind: str, attention_at: set[int], levels: int) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ def check_pretrained_schedule(model: ModelConfig, diffusion: DiffusionConfig) ->
     A text-to-image model goes by its own (ret_fl/diffusion/text_to_image.py).
     """
     file = Path(model.init_from) / "scheduler" / "scheduler_config.json"
-    if not model.init_from or not file.is_file() or is_text_to_image(model.init_from):
+    if not model.init_from or not file.is_file() or is_stable_diffusion(model.init_from):
         return
     theirs = json.loads(file.read_text())
     ours = {

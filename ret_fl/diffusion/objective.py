@@ -17,6 +17,13 @@ Change = Callable[[Tensor], Tensor]
 """What is done to images float [B, C, H, W] in [-1, 1] before they are trained on."""
 
 
+def as_seen(images: Tensor, change: Change | None, mirrored: Tensor | None) -> Tensor:
+    """Images float [B, C, H, W], some mirrored left to right (bool [B]), all changed, where they are."""
+    if mirrored is not None:
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return change(images) if change else images
+
+
 def make_scheduler(config: DiffusionConfig) -> DDPMScheduler:
     """The noise schedule, as diffusers saves it beside the model."""
     return DDPMScheduler(
@@ -48,13 +55,18 @@ class Objective:
         self.half = half
         self.channels_last = device.type in ("cpu", "cuda")
 
-    def prepare(self, store: Samples, ids: Tensor) -> None:
-        """Get ready for batches of these samples: int64 [n]."""
+    def prepare(self, store: Samples, ids: Tensor, *, mirrored: bool = False) -> None:
+        """Get ready for batches of these samples: int64 [n]; mirrored: of some mirrored, too."""
 
-    def batch(self, store: Samples, ids: Tensor, change: Change | None = None) -> tuple[Tensor, Tensor | None]:
-        """x0 and condition of the samples `ids` (int64 [B]) as training sees them once; images go through `change`."""
+    def batch(
+        self, store: Samples, ids: Tensor, change: Change | None = None, mirrored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x0 and condition of the samples `ids` (int64 [B]) as training sees them once.
+
+        Those `mirrored` (bool [B], on the device) are mirrored left to right, and all go through `change`.
+        """
         images, labels = store.fetch(ids, self.device)
-        return self.folded(change(images) if change else images), labels
+        return self.folded(as_seen(images, change, mirrored)), labels
 
     def fixed(self, store: Samples, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `batch`, but the same every time."""

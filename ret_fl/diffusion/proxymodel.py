@@ -14,10 +14,10 @@ from diffusers import DDPMScheduler, ModelMixin
 from torch import Tensor, nn
 
 from ret_fl.config import RunConfig
-from ret_fl.diffusion.models import build_unet, fold_factor
+from ret_fl.diffusion.models import build_unet, check_pretrained_schedule, fold_factor
 from ret_fl.diffusion.objective import Objective, make_scheduler
 from ret_fl.diffusion.sampling import save_pipeline
-from ret_fl.diffusion.text_to_image import TextToImageModel, is_text_to_image
+from ret_fl.diffusion.text_to_image import TextToImageModel, is_stable_diffusion
 
 
 class ProxyModel(Protocol):
@@ -46,6 +46,7 @@ class PixelModel:
     frozen = ""
 
     def __init__(self, config: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        check_pretrained_schedule(config.model, config.diffusion)
         self.unet = build_unet(config.model, image_shape, num_classes, config.seed)
         self.scheduler = make_scheduler(config.diffusion)
         self.fold = fold_factor(config.model, image_shape)
@@ -59,7 +60,7 @@ class PixelModel:
 
 def open_model(config: RunConfig, image_shape: tuple[int, int, int], num_classes: int) -> ProxyModel:
     """The model a run trains, at its start, for images of `image_shape` = (C, H, W). Raises `ConfigError`."""
-    if is_text_to_image(config.model.init_from):
+    if is_stable_diffusion(config.model.init_from):
         return TextToImageModel(config, image_shape)
     return PixelModel(config, image_shape, num_classes)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,13 @@ def start_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Te
     Image i has its own generator, so it is the same image in every batch size, on every device and for every
     model: what differs between two models' samples is the models.
     """
+    return noise_of(seed, range(first, first + count), shape)
+
+
+def noise_of(seed: int, ids: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Starting noise of the images `ids`, as `start_noise` gives it: float32 [n, *shape]."""
     # Philox is keyed by both numbers; torch's CPU generator would keep only the low 32 bits of a seed
-    images = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in range(first, first + count)]
+    images = [np.random.Generator(np.random.Philox(key=(seed, i))) for i in ids]
     return torch.from_numpy(np.stack([image.standard_normal(shape, np.float32) for image in images]))
 
 
@@ -41,13 +47,17 @@ def image_shape(unet: ModelMixin, fold: int) -> tuple[int, int, int]:
     return channels // fold**2, height * fold, width * fold
 
 
+def draw_images(unet: UNet2DModel, scheduler: DDPMScheduler, count: int, *, first: int = 0, **drawing: Any) -> Tensor:
+    """Images first..first+count-1 of a seed, as `draw_ids` draws them."""
+    return draw_ids(unet, scheduler, range(first, first + count), **drawing)
+
+
 @torch.no_grad()
-def draw_images(
+def draw_ids(
     unet: UNet2DModel,
     scheduler: DDPMScheduler,
-    count: int,
+    ids: Sequence[int],
     *,
-    first: int = 0,
     seed: int = 0,
     steps: int = 50,
     fold: int = 1,
@@ -56,7 +66,7 @@ def draw_images(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Images first..first+count-1 of a seed: float32 [count, C, H, W] in [0, 1], on the CPU.
+    """Images `ids` of a seed, in that order: float32 [n, C, H, W] in [0, 1], on the CPU.
 
     A class-conditional U-Net gives image i the label i modulo its classes, or all of them `label`. `on_progress` is
     told how many are done. Raises `ValueError` for a label that the U-Net does not have.
@@ -72,10 +82,10 @@ def draw_images(
     if label is not None and not 0 <= label < (classes or 0):
         raise ValueError(f"no label {label}: the model has {f'labels 0 to {classes - 1}' if classes else 'no classes'}")
     done: list[Tensor] = []
-    for start in range(first, first + count, batch_size):
-        size = min(batch_size, first + count - start)
-        x = start_noise(seed, start, size, shape).to(device)
-        labels = torch.arange(start, start + size, device=device) % classes if classes else None
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        x = noise_of(seed, part, shape).to(device)
+        labels = torch.tensor(part, device=device) % classes if classes else None
         if labels is not None and label is not None:
             labels = torch.full_like(labels, label)
         ddim.set_timesteps(steps, device=device)
@@ -85,7 +95,7 @@ def draw_images(
         images = F.pixel_shuffle(x, fold) if fold > 1 else x
         done.append(((images.float() + 1) / 2).clamp(0, 1).cpu())
         if on_progress:
-            on_progress(start + size - first)
+            on_progress(start + len(part))
     return torch.cat(done) if done else torch.empty(0, *image_shape(unet, fold))
 
 

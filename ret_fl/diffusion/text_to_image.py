@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from ret_fl.config import ConfigError, RunConfig
+from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.decode import cache_dir
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.encoders import Encoders, fingerprint, read_config, weight_files
@@ -22,7 +22,7 @@ BASE_FILE = "lora_base.json"
 FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
-def is_text_to_image(init_from: str) -> bool:
+def is_stable_diffusion(init_from: str) -> bool:
     """Whether `model.init-from` names a StableDiffusionPipeline folder."""
     index = Path(init_from) / "model_index.json"
     if not init_from or not index.is_file():
@@ -30,16 +30,28 @@ def is_text_to_image(init_from: str) -> bool:
     return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "StableDiffusionPipeline"
 
 
+def data_read(config: RunConfig) -> DataConfig:
+    """What a run reads of `data.*`: captions only where a model is told them, whatever lies beside the images."""
+    if is_stable_diffusion(config.model.init_from) or config.data.source not in ("image-folder", "hf"):
+        return config.data
+    return config.data.model_copy(update={"captions": "", "caption_column": ""})
+
+
 def require_captions(config: RunConfig, train: SampleStore) -> None:
     """Raise `ConfigError` where model and data do not go together as text-to-image training."""
     if config.model.init_from and not Path(config.model.init_from).is_dir():
         raise ConfigError(f"model.init-from: {config.model.init_from} is no folder here: download the pipeline first")
-    text = is_text_to_image(config.model.init_from)
+    text = is_stable_diffusion(config.model.init_from)
     if text and train.captions is None:
         raise ConfigError(
             f"model.init-from: {config.model.init_from} draws from text, and the data has no captions: put "
             "captions.json into the image folder (data.captions), or name the column of an hf dataset in "
             "data.caption-column"
+        )
+    if text and not config.averages:
+        raise ConfigError(
+            "aggregate-every=0 keeps a whole pipeline a shard, and images cannot be drawn from several text-to-image "
+            "pipelines: set aggregate-every=1 or more"
         )
     if text and config.service.address:
         raise ConfigError("service.address: a sample service serves no captions, give each node the data itself")
@@ -49,7 +61,12 @@ def require_captions(config: RunConfig, train: SampleStore) -> None:
 
 def frozen_part(config: RunConfig) -> str:
     """Fingerprint of what of the folder is not trained and does not travel; with LoRA the U-Net's weights, too."""
-    return fingerprint(Path(config.model.init_from), *FROZEN, *(["unet"] if config.lora.rank else []))
+    return frozen_fingerprint(Path(config.model.init_from), lora=bool(config.lora.rank))
+
+
+def frozen_fingerprint(folder: Path, *, lora: bool) -> str:
+    """As `frozen_part`, of a pipeline's folder."""
+    return fingerprint(folder, *FROZEN, *(["unet"] if lora else []))
 
 
 class TextToImageModel:
