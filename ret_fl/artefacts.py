@@ -26,6 +26,7 @@ from ret_fl.diffusion.models import fold_factor
 from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.diffusion.text_to_image import is_text_to_image
 from ret_fl.ledger import ShardLedger
+from ret_fl.loading import foreign_plugins
 from ret_fl.packing import State
 from ret_fl.recorder import ema_state
 from ret_fl.rundir import RunDir
@@ -54,7 +55,12 @@ def _audited(run: RunDir, config: RunConfig) -> Audit:
     """Draw images, audit them, and keep both in the run's folder."""
     log(INFO, "drawing %d images", config.samples)
     drawing = Drawing.at_end(config)
-    options = Options(seed=config.seed, device=resolve_device(config.device))
+    options = Options(
+        seed=config.seed,
+        device=resolve_device(config.device),
+        auditors=config.audit.auditors,
+        auditor_options=config.audit.options,
+    )
     generated = draw(run.path, run.audit, drawing, options)
     np.save(run.samples, (generated.images * 255).round().to(torch.uint8).numpy())
     pictures.save_grid(generated.images[:100], run.path / "samples.png")
@@ -92,6 +98,7 @@ def _summary(
     if measured and "held_out_loss" in measured[-1]:
         train, held = measured[-1]["train_loss"], measured[-1]["held_out_loss"]
         facts.append(("loss of the final model, train / held-out", f"{train:.4f} / {held:.4f}"))
+    facts += [("plug-in", told) for told in foreign_plugins(config)]
     if data.unreadable:
         facts.append(("unreadable images skipped", f"{len(data.unreadable)}: {', '.join(data.unreadable[:5])}"))
     lines += [f"| {name} | {value} |" for name, value in facts]

@@ -148,7 +148,7 @@ class RedistributeEnsemble(Strategy):
         self.base = base or FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
         _refuse_to_wait(self.base, ledger.num_shards)
         self.first_round = first_round
-        self.policies, self.quarantine = parse_policy(config.redistribution.policy)
+        self.policies, self.quarantine = parse_policy(config.redistribution.policy, config.redistribution.options)
         self.shards = banks or self._fresh_shards()
         self.roster = roster or Roster(config, fingerprint)
         self.journal = self.roster.journal

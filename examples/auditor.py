@@ -1,0 +1,54 @@
+"""An auditor: copies of parts, which distances between whole images miss.
+
+ret-fl audit runs/mine --auditor examples.auditor:Parts --auditor-options 'tiles = 2'
+"""
+
+import sys
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from ret_fl.audit.distances import nearest
+from ret_fl.audit.inputs import Evidence
+
+
+class Parts:
+    """Images of which some part is much closer to a training image than to any real image never trained on."""
+
+    class Settings(BaseModel):
+        tiles: int = Field(2, ge=1, description="An image is cut into so many parts along each side.")
+        threshold: float = Field(0.3, gt=0, lt=1, description="Ratio of squared distances below which a part counts.")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __call__(self, evidence: Evidence) -> dict[str, float]:
+        data = evidence.data
+        if data.reference is None:
+            raise ValueError("copies of parts need reference images")
+        train, reference = data.train.unit(), data.reference.unit()
+        found = {"samples with a copied part": self.share(evidence.images, train, reference)}
+        if data.held_out is not None:
+            found["real held-out images with one"] = self.share(data.held_out.unit(), train, reference)
+        return found
+
+    def share(self, images: Tensor, train: Tensor, reference: Tensor) -> float:
+        """Share of images with at least one copied part: in [0, 1]."""
+        copied = torch.zeros(len(images), dtype=torch.bool)
+        for own, trained, unseen in zip(*map(self.parts, (images, train, reference)), strict=True):
+            copied |= (nearest(own, trained, 1)[0] < self.settings.threshold * nearest(own, unseen, 1)[0])[:, 0]
+        return float(copied.double().mean())
+
+    def parts(self, images: Tensor) -> list[Tensor]:
+        """The same part of every image, part by part."""
+        tiles = self.settings.tiles
+        return [part for row in images.tensor_split(tiles, dim=2) for part in row.tensor_split(tiles, dim=3)]
+
+
+if __name__ == "__main__":
+    from simulations.inline import run_here
+
+    settings = {"audit.auditors": "examples.auditor:Parts", "audit.options": "tiles = 2", "samples": 32}
+    settings |= {"data.limit": 60, "num-server-rounds": 2, "local-epochs": 2, "sample-steps": 5}
+    print(run_here(settings, *sys.argv[1:]).summary.read_text())
