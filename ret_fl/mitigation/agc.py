@@ -134,9 +134,7 @@ class Sample:
 
     def __call__(self, loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
         if self.keep_probability is None:
-            known = seen.log_ratio[~seen.log_ratio.isnan()]
-            median = known.median() if len(known) else seen.log_ratio.new_tensor(0.0)
-            below = (seen.log_ratio - median).clamp(max=0)
+            below = (seen.log_ratio - seen.log_ratio.nanmedian()).clamp(max=0)
             self.keep_probability = torch.exp(config.sharpness * below).nan_to_num(1.0)
         return (torch.rand_like(loss) < self.keep_probability[seen.position]) | (t >= config.t_max)
 
