@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Point, str, str, list[str]]] = {
         POLICIES, "own_plugins:First", "count = 0",
         ["redistribution.options: count = 0 is not allowed", "greater than or equal to 1", "How many go."],
     ),
-    "an option of another type": (POLICIES, "own_plugins:First", 'count = "x"', ["options: count = 'x' is not allowed"]),
+    "an option of another type": (POLICIES, "own_plugins:First", 'count = "x"', ["count = 'x' is not allowed"]),
     "an unknown option": (
         POLICIES, "own_plugins:First+balance", "counts = 1",
         ["redistribution.options", "has a setting 'counts'", "count, from-shard"],
