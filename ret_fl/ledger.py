@@ -176,7 +176,8 @@ class ShardLedger:
         if (self.shard[ids] != moves.source).any():
             raise LedgerError(f"moves from shards that do not own them: {ids[self.shard[ids] != moves.source][:5]}")
         if moves.target.min() < 0 or moves.target.max() >= self.num_shards:
-            raise LedgerError(f"shard numbers must be in 0..{self.num_shards - 1} (moves go to {np.unique(moves.target)})")
+            told = np.unique(moves.target)
+            raise LedgerError(f"shard numbers must be in 0..{self.num_shards - 1} (moves go to {told})")
 
     def apply(self, moves: Moves) -> None:
         """Move samples, all or none. Raises as `check_moves`."""
