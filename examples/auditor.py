@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ret_fl.audit.distances import nearest
 from ret_fl.audit.inputs import Evidence
+from ret_fl.config import Scalar
 
 
 class Parts:
@@ -49,6 +50,13 @@ class Parts:
 if __name__ == "__main__":
     from simulations.inline import run_here
 
-    settings = {"audit.auditors": "examples.auditor:Parts", "audit.options": "tiles = 2", "samples": 32}
-    settings |= {"data.limit": 60, "num-server-rounds": 2, "local-epochs": 2, "sample-steps": 5}
+    settings: dict[str, Scalar] = {
+        "audit.auditors": "examples.auditor:Parts",
+        "audit.options": "tiles = 2",
+        "samples": 32,
+        "sample-steps": 5,
+        "data.limit": 60,
+        "num-server-rounds": 2,
+        "local-epochs": 2,
+    }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())

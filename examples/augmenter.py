@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from ret_fl.config import TaaConfig
+from ret_fl.config import Scalar, TaaConfig
 
 
 class Grain:
@@ -29,6 +29,13 @@ class Grain:
 if __name__ == "__main__":
     from simulations.inline import run_here
 
-    settings = {"agc.mode": "agc", "taa.mode": "next-visit", "taa.policy": "examples.augmenter:Grain"}
-    settings |= {"taa.options": "deviation = 0.2", "data.limit": 60, "num-server-rounds": 3, "samples": 0}
+    settings: dict[str, Scalar] = {
+        "agc.mode": "agc",
+        "taa.mode": "next-visit",
+        "taa.policy": "examples.augmenter:Grain",
+        "taa.options": "deviation = 0.2",
+        "data.limit": 60,
+        "num-server-rounds": 3,
+        "samples": 0,
+    }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())

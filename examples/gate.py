@@ -8,7 +8,7 @@ import sys
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from ret_fl.config import AgcConfig
+from ret_fl.config import AgcConfig, Scalar
 from ret_fl.mitigation.agc import Seen
 from ret_fl.mitigation.taa import threshold_ratio
 
@@ -31,6 +31,12 @@ class Soft:
 if __name__ == "__main__":
     from simulations.inline import run_here
 
-    settings = {"agc.mode": "examples.gate:Soft", "agc.options": "low = 0.5"}
-    settings |= {"data.limit": 60, "num-server-rounds": 3, "local-epochs": 4, "samples": 0}
+    settings: dict[str, Scalar] = {
+        "agc.mode": "examples.gate:Soft",
+        "agc.options": "low = 0.5",
+        "data.limit": 60,
+        "num-server-rounds": 3,
+        "local-epochs": 4,
+        "samples": 0,
+    }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())

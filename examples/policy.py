@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import BaseModel, Field
 
-from ret_fl.config import RedistributionConfig
+from ret_fl.config import RedistributionConfig, Scalar
 from ret_fl.ledger import Moves, ShardLedger
 from ret_fl.protocol import TrainReport
 
@@ -37,7 +37,7 @@ class PassOn:
         for report in reports:
             ids = ledger.ids(report.shard)
             for chosen in ids[np.argsort(ratio[ids])][: self.top]:  # NaN, not drawn yet, comes last
-                target = (report.shard + rng.integers(1, ledger.num_shards)) % ledger.num_shards
+                target = (report.shard + int(rng.integers(1, ledger.num_shards))) % ledger.num_shards
                 moves.append(Moves.between(chosen[None], report.shard, target))
         return Moves.join(moves)
 
@@ -45,6 +45,12 @@ class PassOn:
 if __name__ == "__main__":
     from simulations.inline import run_here
 
-    settings = {"redistribution.policy": "examples.policy:PassOn", "redistribution.options": "top = 2"}
-    settings |= {"data.limit": 60, "num-server-rounds": 3, "local-epochs": 2, "samples": 0}
+    settings: dict[str, Scalar] = {
+        "redistribution.policy": "examples.policy:PassOn",
+        "redistribution.options": "top = 2",
+        "data.limit": 60,
+        "num-server-rounds": 3,
+        "local-epochs": 2,
+        "samples": 0,
+    }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())
