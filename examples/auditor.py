@@ -29,22 +29,20 @@ class Parts:
         if data.reference is None:
             raise ValueError("copies of parts need reference images")
         train, reference = data.train.unit(), data.reference.unit()
-        found = {"samples with a copied part": self.share(evidence.images, train, reference)}
+        sets = {"samples with a copied part": evidence.images}
         if data.held_out is not None:
-            found["real held-out images with one"] = self.share(data.held_out.unit(), train, reference)
-        return found
+            sets["real held-out images with one"] = data.held_out.unit()
+        return {name: self.share(images, train, reference) for name, images in sets.items()}
 
     def share(self, images: Tensor, train: Tensor, reference: Tensor) -> float:
-        """Share of images with at least one copied part: in [0, 1]."""
         copied = torch.zeros(len(images), dtype=torch.bool)
         for own, trained, unseen in zip(*map(self.parts, (images, train, reference)), strict=True):
             copied |= (nearest(own, trained, 1)[0] < self.settings.threshold * nearest(own, unseen, 1)[0])[:, 0]
         return float(copied.double().mean())
 
     def parts(self, images: Tensor) -> list[Tensor]:
-        """The same part of every image, part by part."""
-        tiles = self.settings.tiles
-        return [part for row in images.tensor_split(tiles, dim=2) for part in row.tensor_split(tiles, dim=3)]
+        count = self.settings.tiles
+        return [part for row in images.tensor_split(count, 2) for part in row.tensor_split(count, 3)]
 
 
 if __name__ == "__main__":
@@ -56,7 +54,7 @@ if __name__ == "__main__":
         "samples": 32,
         "sample-steps": 5,
         "data.limit": 60,
-        "num-server-rounds": 2,
-        "local-epochs": 2,
+        "num-server-rounds": 1,
+        "evaluate-every": 0,
     }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())

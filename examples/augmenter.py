@@ -36,6 +36,7 @@ if __name__ == "__main__":
         "taa.options": "deviation = 0.2",
         "data.limit": 60,
         "num-server-rounds": 3,
+        "evaluate-every": 0,
         "samples": 0,
     }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())

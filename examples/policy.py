@@ -51,6 +51,7 @@ if __name__ == "__main__":
         "data.limit": 60,
         "num-server-rounds": 3,
         "local-epochs": 2,
+        "evaluate-every": 0,
         "samples": 0,
     }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())
