@@ -45,6 +45,12 @@ class DataConfig(Section):
         "images are then taken from these alone, and all of data.path may train; empty: from those of data.path.",
     )
     limit: int = Field(0, ge=0, description="At most this many distinct training images; 0 takes all there are.")
+    skip: int = Field(
+        0,
+        ge=0,
+        description="Leave out the first so many distinct training images: what was trained with limit=n before has no "
+        "image in common with skip=n of the same split.",
+    )
     image_size: int = Field(0, ge=0, description="Side in pixels images are resized and centre-cropped to; 0 keeps.")
     channels: Literal["auto", "grey", "rgb"] = Field("auto", description="Colour of the images the model sees.")
     held_out: float = Field(

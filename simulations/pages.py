@@ -41,7 +41,8 @@ images repeated on purpose. *CR, moved*: the same where training and reference i
 *precision*, *recall*: Frechet distance and k-NN manifold precision and recall against held-out images, in the features
 of a small classifier of the data. *AUC*: membership inference by loss. *FD, stopped*: the least FD the baseline has at
 any length at which it copies no more than this row; in brackets this row's FD over it: below 1, the row is better than
-training less.
+training less. *similarity*, where it was measured: the memorization score of work on Stable Diffusion, the 95th
+percentile over samples of the cosine to the most similar training image, here in whitened pixels (docs/audit.md).
 """
 
 
@@ -133,6 +134,8 @@ def _dataset(
         f"{floor.mean(lambda r: r.mq_15_floor):.3f}; training images in the samples' place have FD "
         f"{floor.mean(lambda r: r.fd_real):.2f} and precision {floor.mean(lambda r: r.precision_real):.3f}."
     )
+    if math.isfinite(alike := floor.mean(lambda r: r.similarity_floor)):
+        lines[-1] += f" Real images never trained on have similarity {alike:.3f}."
     curves = [m for m in methods if len(curve(rows, dataset, m)) > 1]
     if curves:
         picture = f"{name}-{dataset}.png"
@@ -150,10 +153,11 @@ def _dataset(
 def _table(
     study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str], central: Sequence[Point]
 ) -> list[str]:
+    alike = any(r.similarity is not None for r in rows)
     lines = [
         "| method | seeds | images | skipped | moved | MQ | CR | canaries | CR, moved | FD | precision | recall | AUC "
-        "| FD, stopped |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| FD, stopped |" + (" similarity |" if alike else ""),
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|" + ("---|" if alike else ""),
     ]
     for method in methods:
         whole = [p for p in curve(rows, dataset, method) if math.isclose(p.share, 1)]
@@ -175,6 +179,9 @@ def _table(
                 f"{point.mean(lambda r: r.auc):.2f}",
                 f"{stopped:.2f} ({point.fd / stopped:.2f}x)" if math.isfinite(stopped) else "",
             ]
+            if alike:
+                known = math.isfinite(point.mean(lambda r: r.similarity))
+                cells.append(_with_range(point, "similarity", ".3f") if known else "")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -210,6 +217,14 @@ def _claims(rows: Sequence[Row], dataset: str, baseline: str) -> list[str]:
         f"{point.precision - base.precision:+.3f}. Against the baseline stopped where it copies as little: FD "
         f"{point.fd / stopped:.2f}x."
     ]
+    scores = [p.mean(lambda r: r.similarity) for p in (point, base)]
+    if all(map(math.isfinite, scores)):
+        real = base.mean(lambda r: r.similarity_floor)
+        over = _change(scores[0] - real, scores[1] - real)
+        lines.append(
+            f"Memorization score (similarity, 95th percentile): {_change(*scores)}; what it has above the {real:.3f} "
+            f"of real images: {over}."
+        )
     wanted = base.precision - PRECISION_GIVEN_UP
     what = f"precision {wanted:.3f} (the baseline's less {PRECISION_GIVEN_UP:g})"
     found = at_precision(own, wanted)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.special import stdtrit
 
 from ret_fl.audit.schema import Audit, Interval
+from ret_fl.audit.whitened import WhitenedPixels
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.files import write_atomically
 
@@ -33,6 +34,7 @@ class Row(BaseModel):
     """One model of a study, audited. Shares lie in [0, 1]; intervals of one row are those of its audit.
 
     share: the images seen over those of the study's whole training. settings: those off the file's defaults.
+    similarity: the 95th percentile in whitened pixels, None in rows made before it was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -62,6 +64,8 @@ class Row(BaseModel):
     fd_real: float | None
     precision_real: float | None
     auc: float | None
+    similarity: float | None = None
+    similarity_floor: float | None = None
     seconds: float
 
     @property
@@ -79,6 +83,7 @@ def measured(audit: Audit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     quality, pixels = audit.fidelity[0], rates["pixels"]
     low = next((m for m in audit.replication.memorized if math.isclose(m.tau, 0.15)), None)
+    alike = next((s for s in audit.similarity if s.features == WhitenedPixels.name), None)
     by_loss = [m for m in audit.leakage.membership if m.attack == "loss"] if audit.leakage else []
     return {
         "images": audit.training.images,
@@ -101,6 +106,8 @@ def measured(audit: Audit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "fd_real": quality.real_frechet,
         "precision_real": quality.real_precision,
         "auc": by_loss[0].auc.value if by_loss else None,
+        "similarity": alike.percentile_95 if alike else None,
+        "similarity_floor": alike.floor_percentile_95 if alike else None,
         "seconds": sum(row["seconds"] for row in rows),
     }
 

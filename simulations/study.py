@@ -7,10 +7,15 @@ seed) trains on the inline engine in a process of its own with one thread; at ea
 shares of the whole training, the model is audited with the sampling noise of its seed. Done cells are in the results
 file, and are not run again; a cell that was broken off goes on after its last round. Under a learning-rate schedule,
 which knows its end, every point is a training of its own.
+
+A table `[pretraining]` makes it a study of fine-tuning: a model is trained by these settings on each dataset first, and
+all methods and seeds start from it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +34,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
 from ret_fl.settings import flatten
-from simulations.results import ResultsFile, Row, measured, same_training
+from simulations.results import LOCAL, ResultsFile, Row, measured, same_training
 
 POLL_SECONDS = 2.0
 ROW = "row.jsonl"
@@ -58,7 +63,10 @@ class Method(Part):
 
 
 class Study(Part):
-    """A study file. baseline: the method others are compared with. about: a paragraph for the page of results."""
+    """A study file. baseline: the method others are compared with. about: a paragraph for the page of results.
+
+    pretraining: settings, on top of the study's and a dataset's, of the model that fine-tuning starts from.
+    """
 
     title: str
     about: str = ""
@@ -66,6 +74,7 @@ class Study(Part):
     baseline: str = "central"
     summary: bool = False
     settings: dict[str, Any] = {}
+    pretraining: dict[str, Any] = {}
     datasets: dict[str, dict[str, Any]] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
 
@@ -93,6 +102,8 @@ class Study(Part):
         for cell in self.cells():
             try:
                 cell.config()
+                if self.pretraining:
+                    Pretraining(self, cell.dataset).config()
             except ConfigError as error:
                 raise ConfigError(f"{path}: methods.{cell.method}, datasets.{cell.dataset}: {error}") from None
 
@@ -128,10 +139,15 @@ class Cell:
         return sorted(method.points + (method.first_seed_points if self.seed == self.study.seeds[0] else []))
 
     def config(self, share: float = 1.0, more: Mapping[str, Scalar] | None = None) -> RunConfig:
-        """The settings of its training up to `share` of the study's rounds."""
+        """The settings of its training up to `share` of the study's rounds.
+
+        `model.init-from` of fine-tuning is a name that says what was pretrained; `Pretraining.path` knows where.
+        """
         study = self.study
         flat = flatten(study.settings) | flatten(study.datasets[self.dataset]) | flatten(study.methods[self.method].set)
         own: dict[str, Scalar] = {"name": self.name, "seed": self.seed, "threads": 1}
+        if study.pretraining:
+            own["model.init-from"] = Pretraining(study, self.dataset).name
         whole = RunConfig.from_flat(flat | own | dict(more or {}))
         rounds = max(1, round(share * whole.num_server_rounds))
         return whole.model_copy(update={"num_server_rounds": rounds})
@@ -175,29 +191,75 @@ class Cell:
         return [share for share in self.points if results.find(self.key, share, self.config(share, more)) is None]
 
 
-def run_cell(cell: Cell, root: Path, results: ResultsFile) -> None:
-    """Train and audit what is missing of a cell, in this process; each point is kept in its `point_folder`."""
+@dataclass(frozen=True)
+class Pretraining:
+    """The model that fine-tuning starts from on a dataset: one for all methods and seeds."""
+
+    study: Study
+    dataset: str
+
+    @property
+    def name(self) -> str:
+        """Tells models of other settings apart."""
+        config = {k: v for k, v in self.config().to_flat().items() if k not in LOCAL}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        return f"pretrained-{self.dataset}-{digest}"
+
+    def config(self) -> RunConfig:
+        study = self.study
+        flat = flatten(study.settings) | flatten(study.datasets[self.dataset]) | flatten(study.pretraining)
+        return RunConfig.from_flat(flat | {"threads": 1, "samples": 0})
+
+    def path(self, root: Path) -> Path:
+        """The folder that `model.init-from` takes."""
+        return root / self.name / "final"
+
+    def done(self, root: Path) -> bool:
+        return (root / self.name / "summary.md").is_file()  # written last
+
+    def train(self, root: Path) -> None:
+        """In this process; goes on with what was broken off."""
+        if not self.done(root):
+            _train(root / self.name, self.config())
+
+
+def _train(folder: Path, config: RunConfig) -> RunDir:
+    """Train on the inline engine what is not trained yet of `config`, in a new folder or going on in an old one."""
     from clients.app import app as client_app
-    from ret_fl.audit.folder import NUMBERS, PICTURES, load_audit
     from ret_fl.settings import change_run, new_run
     from server.app import app as server_app
     from simulations.inline import run_inline
 
+    if (folder / "config.json").is_file():
+        run, config = change_run(folder, {"num-server-rounds": config.num_server_rounds})
+        flat = config.to_flat() | {"resume": str(folder)}
+    else:
+        run, config = new_run(config.to_flat(), folder)
+        flat = config.to_flat()
+    run_inline(server_app, client_app, flat, config.shards)
+    return run
+
+
+def run_cell(cell: Cell, root: Path, results: ResultsFile) -> None:
+    """Train and audit what is missing of a cell, in this process; each point is kept in its `point_folder`."""
+    from ret_fl.audit.folder import NUMBERS, PICTURES, load_audit
+
     more = cell.rate(results)
+    if cell.study.pretraining:
+        Pretraining(cell.study, cell.dataset).train(root)
     for share in cell.missing(results):
         config = cell.config(share, more)
         kept, folder = point_folder(root / cell.name, share), cell.folder(root, share)
         point = ResultsFile(kept / ROW)
         if point.find(cell.key, share, config):
             continue  # audited before the study was broken off
+        placed = config
+        if cell.study.pretraining:
+            start = Pretraining(cell.study, cell.dataset).path(root)
+            placed = RunConfig.from_flat(config.to_flat() | {"model.init-from": str(start)})
         if (folder / "config.json").is_file():
-            _require_same(cell, RunDir.existing(folder), config)
-            run, config = change_run(folder, {"num-server-rounds": config.num_server_rounds})
-            flat = config.to_flat() | {"resume": str(folder)}
-        else:
-            run, config = new_run(config.to_flat(), folder)
-            flat = config.to_flat()
-        run_inline(server_app, client_app, flat, config.shards)
+            _require_same(cell, RunDir.existing(folder), placed)
+        run = _train(folder, placed)
         audit, _ = load_audit(run.audit)
         row = Row(
             dataset=cell.dataset,
@@ -252,7 +314,10 @@ def run_study(path: Path, root: Path, results_path: Path, jobs: int) -> None:
         task = progress.add_task("study", total=work or 1, completed=0 if work else 1)
         try:
             while waiting or running:
-                for cell in [c for c in waiting if _ready(c, results)][: jobs - len(running)]:
+                for cell in [c for c in waiting if _ready(c, results)]:
+                    pretraining = {c.dataset for c, _ in running.values() if not _pretrained(c, root)}
+                    if len(running) == jobs or cell.dataset in pretraining:
+                        continue
                     waiting.remove(cell)
                     process = _start(path, cell, root, results_path)
                     running[pool.submit(process.wait)] = cell, process
@@ -275,6 +340,11 @@ def run_study(path: Path, root: Path, results_path: Path, jobs: int) -> None:
                 process.terminate()
     if failed:
         raise CellsFailedError("these failed, the rest is done:\n  " + "\n  ".join(failed))
+
+
+def _pretrained(cell: Cell, root: Path) -> bool:
+    """Whether what a cell starts from is there; the first cell of a dataset trains it."""
+    return not cell.study.pretraining or Pretraining(cell.study, cell.dataset).done(root)
 
 
 def _ready(cell: Cell, results: ResultsFile) -> bool:

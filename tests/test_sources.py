@@ -72,6 +72,18 @@ def test_a_limit_caps_train_and_reference_and_frees_the_rest_to_held_out() -> No
     assert without.reference is None and (len(without.train), len(without.held_out)) == (200, 1597)
 
 
+@pytest.mark.parametrize("source", ["digits", "patches"])
+def test_what_is_skipped_is_what_a_limit_took(source: str) -> None:
+    """So that a model pretrained on the one is fine-tuned on none of it, nor measured against it."""
+    before, after = load(source=source, limit=150, reference=False), load(source=source, limit=100, skip=150)
+    assert after.reference is not None and len(after.train) == 100
+    for store in (after.train, after.reference, after.held_out):
+        shared = np.intersect1d(before.train.content_hashes, store.content_hashes)
+        assert len(shared) == 0
+    with pytest.raises(ConfigError, match=r"data.skip=9999"):
+        load(source=source, skip=9999)
+
+
 def test_everything_can_train() -> None:
     splits = load(source="digits", held_out=0, reference=False)
     assert len(splits.train) == 1797 and len(splits.held_out) == 0

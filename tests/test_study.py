@@ -188,3 +188,34 @@ def test_a_random_control_skips_as_often_as_the_method_beside_it(finished: Path)
     with pytest.raises(LookupError):
         cell.rate(empty)
     write(finished.parent)
+
+
+PRETRAINING = """
+[pretraining]
+num-server-rounds = 1
+shards = 1
+data.canaries = 0
+data.limit = 20
+data.reference = false
+"""
+
+
+def test_fine_tuning_starts_from_one_model_trained_on_other_images(tmp_path: Path) -> None:
+    skipping = "data.limit = 40\ndata.skip = 20"
+    text = GRID.replace("data.limit = 40", skipping).replace("[datasets.digits]", PRETRAINING + "[datasets.digits]")
+    text = text.replace("data.limit = 20", "data.limit = 20\ndata.skip = 0")
+    path = write(tmp_path, text)
+    done = run(path, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    pretrained = [folder for folder in (tmp_path / "runs").iterdir() if folder.name.startswith("pretrained")]
+    assert len(pretrained) == 1
+    configs = [json.loads((tmp_path / "runs" / cell / "config.json").read_text()) for cell in
+               ("digits-central-s0", "digits-default-s0/1x")]  # fmt: skip
+    assert {c["model.init-from"] for c in configs} == {str(pretrained[0] / "final")}
+    # rows speak of no folder of this machine, and are known again on another
+    rows = results(path).rows
+    assert {row.settings["model.init-from"] for row in rows} == {pretrained[0].name}
+    assert "missing" not in run(path, "--list").stdout
+    # what was pretrained otherwise is another study
+    changed = write(tmp_path, text.replace("data.limit = 20\n", "data.limit = 19\n"))
+    assert "done" not in run(changed, "--list").stdout

@@ -56,8 +56,9 @@ METHODS = (
         "similarity",
         "Similarity in feature models",
         "Cosine similarity of each sample to its most similar training image in the features of an image model; the "
-        "95th percentile in SSCD features is the memorization score of work on Stable Diffusion. Background: training "
-        "images against all others.",
+        "95th percentile in SSCD features is the memorization score of work on Stable Diffusion. Whitened pixels: "
+        "principal components of held-out images (99 % of the variance, each scaled to variance 1), with a floor of "
+        "reference images. Background: training images against all others.",
         "Somepalli et al. 2023, arXiv 2212.03860; SSCD: Pizzi et al. 2022, arXiv 2202.10261.",
         "A common style or class looks similar too; features trained on photographs say little about other images.",
     ),

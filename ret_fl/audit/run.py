@@ -37,6 +37,8 @@ from ret_fl.audit.inputs import AuditData, Background, Evidence, Options, distin
 from ret_fl.audit.losses import loss_histograms
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.similarity import similarity
+from ret_fl.audit.whitened import FEWEST as FEWEST_WHITENED
+from ret_fl.audit.whitened import MOST, WhitenedPixels
 from ret_fl.data.store import SampleStore
 from ret_fl.files import user_cache
 from ret_fl.loading import Plugin, load_auditors
@@ -114,6 +116,8 @@ def run_audit(
         )
         qualities: list[schema.Fidelity] = []
         similarities: list[schema.Similarity] = []
+        if (whitened := _whitened_similarity(generated, data, options)) is not None:
+            similarities.append(whitened)
         classifier = _classifier(data, options, on_stage)
         models: list[FeatureModel] = [_Remembering(model) for model in feature_models]
         for model in [*([classifier] if classifier else []), *models]:
@@ -199,6 +203,19 @@ def _added(auditors: Sequence[Plugin], evidence: Evidence, on_stage: Stage) -> l
             )
         )
     return found
+
+
+def _whitened_similarity(generated: Generated, data: AuditData, options: Options) -> schema.Similarity | None:
+    """In whitened pixels: components of the held-out images, so the floor is that of the reference images."""
+    if data.held_out is None or min(data.train.image_shape[1:]) < MIN_SIDE:
+        return None
+    held_out = data.held_out.pixels(torch.cat(spread_rows([data.held_out], MOST)).numpy())
+    if len(held_out) < FEWEST_WHITENED:
+        return None
+    model = WhitenedPixels(held_out)
+    floor = None if data.reference is None else model.features(data.reference.pixels())
+    own, trained = model.features(generated.images), model.features(data.train.pixels())
+    return similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb)
 
 
 def _clip_scores(

@@ -147,7 +147,8 @@ class Similarity(Part):
     """Cosine similarity to the most similar training image in the features of an image model.
 
     percentile_95 of SSCD features is the memorization score of the Stable Diffusion papers. floor_*: the same of
-    held-out images. background_percentile_95: of training images against the other training images.
+    held-out images (whitened pixels, which are made of these: of reference images). background_percentile_95: of
+    training images against the other training images.
     """
 
     features: str

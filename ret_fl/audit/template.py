@@ -226,8 +226,9 @@ as images do that are in the data more than once.
   s.floor_above_half | percent)) }}
 {% endfor %}
 {{ scrolling("Similarity in feature models",
-  ["features", "mean", "median", "95th percentile", "of held-out images", "of training images among themselves",
-   "samples above 0.5", "held-out images above 0.5"], rows) }}
+  ["features", "mean", "median", "95th percentile", "of real images not trained on",
+   "of training images among themselves", "samples above 0.5",
+   "real images not trained on above 0.5"], rows) }}
 </section>
 {% endif %}
 

@@ -136,9 +136,9 @@ def _divide(
     """Contents for train, reference and held-out. What neither train nor reference takes is held out."""
     everything = np.arange(len(contents))
     if outside is None:
-        inside = order = _spread(everything, contents.labels, rng)
+        inside = order = _spread(everything, contents.labels, rng)[config.skip :]
     else:
-        inside = _spread(everything[~outside[contents.first]], contents.labels, rng)
+        inside = _spread(everything[~outside[contents.first]], contents.labels, rng)[config.skip :]
         order = _spread(everything[outside[contents.first]], contents.labels, rng)
     room = len(order) - round(config.held_out * len(contents))
     if outside is None:
@@ -148,9 +148,9 @@ def _divide(
     count = min(count, config.limit) if config.limit else count
     if count < 1:
         raise ConfigError(
-            f"no image is left to train on: {len(contents)} distinct images, data.held-out={config.held_out}, "
-            f"data.reference={str(config.reference).lower()}. Lower data.held-out, "
-            "turn data.reference off, or add images"
+            f"no image is left to train on: {len(contents)} distinct images, data.skip={config.skip}, "
+            f"data.held-out={config.held_out}, data.reference={str(config.reference).lower()}. Lower data.skip or "
+            "data.held-out, turn data.reference off, or add images"
         )
     rest = order[count:] if outside is None else order
     references = count if config.reference else 0
