@@ -96,7 +96,9 @@ def parse_options(point: Point, text: str) -> dict[str, Any]:
     """'top = 3, near = true' -> {"top": 3, "near": True}: the inside of an inline table of TOML."""
     try:
         document = tomllib.loads(f"options = {{{text}}}")
-    except tomllib.TOMLDecodeError as error:
+        if len(document) > 1:  # the text closed the table and went on
+            raise ValueError("it is more than one table")
+    except ValueError as error:
         raise ConfigError(
             f"{point.options} must be KEY = VALUE, joined by commas, as in TOML (got {text!r}): {error}"
         ) from None
@@ -283,5 +285,5 @@ def overview(point: Point) -> Iterator[Line]:
 
 def _settings_told(point: Point, target: Any) -> Iterator[str]:
     for name, own in _fields(point, target).items():
-        default = "required" if own.is_required() else f"= {own.default!r}"
+        default = "required" if own.is_required() else f"= {own.get_default(call_default_factory=True)!r}"
         yield f"{name.replace('_', '-')} {default}: {own.description or ''}".removesuffix(": ")
