@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[Point, str, str, list[str]]] = {
     "options for a built-in": (SHARD_POLICIES, "iid", "top = 3", ["partition.options", "'top'"]),
     "a missing option": (POLICIES, "own_plugins:Demanding", "", ["redistribution.options", "goal. Which goal."]),
     "options that are no TOML": (POLICIES, "own_plugins:First", "count 3", ["redistribution.options must be KEY"]),
-    "options that are two tables": (POLICIES, "own_plugins:First", "count = 2}\nmore = {a = 1", ["more than one table"]),
+    "options that are two tables": (POLICIES, "own_plugins:First", "count = 2}\nmore = {a = 1", ["more than one"]),
     "none with others": (AUDITORS, "none+variety", "", ["audit.auditors: 'none' stands alone"]),
 }  # fmt: skip
 
