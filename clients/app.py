@@ -22,6 +22,8 @@ from ret_fl.devices import resolve_device
 from ret_fl.diffusion.text_to_image import data_read
 from ret_fl.events import as_text
 from ret_fl.files import user_cache
+from ret_fl.loading import require_plugins
+from ret_fl.plugins import AUGMENTERS, GATES
 from ret_fl.protocol import Hello, TrainOrder
 from ret_fl.proxy import train_proxy
 from ret_fl.proxystate import ProxyFiles
@@ -51,6 +53,10 @@ NODE_SETTINGS = {
 """Node config key -> the run's setting it replaces on that node."""
 
 
+CALLED_HERE = (GATES, AUGMENTERS)
+"""The plug-in points of a client: without what they name here, it gets no work."""
+
+
 class WrongDataError(ValueError):
     """This node's data, or pretrained model, is not the one the order is about."""
 
@@ -77,6 +83,7 @@ def _limit_threads(config: RunConfig) -> None:
 def hello(message: Message, context: Context) -> Message:
     """Say which partition, device and data this node has, and how fast it is where shards are dealt by speed."""
     config = _on_this_node(Hello.requested(message.content), context)
+    require_plugins(config, CALLED_HERE)
     known = open_access(config.service, data_read(config)).describe()
     partition = int(context.node_config.get("partition-id", -1))
     speed = 0.0
@@ -92,6 +99,7 @@ def train(message: Message, context: Context) -> Message:
     """Train one shard for one round."""
     order, weights = TrainOrder.unpack(message.content)
     config = _on_this_node(order.config, context)
+    require_plugins(config, CALLED_HERE)
     _limit_threads(config)
     access = open_access(config.service, data_read(config))
     known = access.describe(order)

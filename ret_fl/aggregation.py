@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-import tomllib
 from collections.abc import Callable, Mapping
 from logging import WARNING
 from typing import Any
@@ -34,6 +33,7 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, RunConfig
+from ret_fl.loading import parse_options
 from ret_fl.privacy import with_noise
 from ret_fl.serveroptimizer import ServerOptimizer
 
@@ -67,7 +67,7 @@ UNUSED = ("eta_l",)
 
 def make_base(config: RunConfig) -> Strategy:
     """The strategy a run's proxies go through. Raises `ConfigError` naming the setting to change."""
-    name, options = config.aggregation.strategy, _parsed(config.aggregation.options)
+    name, options = config.aggregation.strategy, parse_options("aggregation.options", config.aggregation.options)
     if name not in STRATEGIES:
         return _own(name, options)
     made, options = STRATEGIES[name], _completed(name, options, config)
@@ -99,15 +99,6 @@ def _completed(name: str, options: Mapping[str, Any], config: RunConfig) -> dict
         most = _fewest(config) - completed["num_malicious_nodes"] - 2
         completed.setdefault("num_nodes_to_select", max(1, most))
     return completed
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(f"options = {{{text}}}")["options"]
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"aggregation.options: {text!r} is not the inside of a TOML table, as in 'eta = 0.01, tau = 1e-3': {error}"
-        ) from None
 
 
 def _own(name: str, options: Mapping[str, Any]) -> Strategy:

@@ -28,6 +28,7 @@ from ret_fl.diffusion.models import fold_factor
 from ret_fl.diffusion.text_to_image import is_stable_diffusion
 from ret_fl.handover import save_model
 from ret_fl.ledger import ShardLedger
+from ret_fl.loading import foreign_plugins
 from ret_fl.packing import State
 from ret_fl.rounds import ShardState
 from ret_fl.rundir import RunDir
@@ -64,7 +65,12 @@ def _audited(run: RunDir, config: RunConfig) -> Audit:
     """Draw images, audit them, and keep both in the run's folder."""
     log(INFO, "drawing %d images", config.samples)
     drawing = Drawing.at_end(config)
-    options = Options(seed=config.seed, device=resolve_device(config.device))
+    options = Options(
+        seed=config.seed,
+        device=resolve_device(config.device),
+        auditors=config.audit.auditors,
+        auditor_options=config.audit.options,
+    )
     generated = draw(run.path, run.audit, drawing, options)
     np.save(run.samples, (generated.images * 255).round().to(torch.uint8).numpy())
     pictures.save_grid(generated.images[:100], run.path / "samples.png")
@@ -106,6 +112,7 @@ def _summary(
         facts.append((f"loss of the {whose}, {' / '.join(told)}", " / ".join(told.values())))
     if "epsilon" in last:
         facts.append(("differential privacy of a shard", f"epsilon {last['epsilon']:.4g} at delta {last['delta']:g}"))
+    facts += [("plug-in", told) for told in foreign_plugins(config)]
     if data.unreadable:
         facts.append(("unreadable images skipped", f"{len(data.unreadable)}: {', '.join(data.unreadable[:5])}"))
     lines += [f"| {name} | {value} |" for name, value in facts]

@@ -27,6 +27,7 @@ from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.dataspec import builtin_splits, is_builtin, require_named, source_of
 from ret_fl.diffusion.text_to_image import data_read, is_stable_diffusion
+from ret_fl.loading import load_auditors
 from ret_fl.rundir import RunDir
 
 SAMPLES = "samples"
@@ -34,6 +35,9 @@ SAMPLES = "samples"
 HELD_OUT = 0.2
 """Share of the reference that is held out at least, where nothing else is. Without a floor no copy rate can be read; a
 reference smaller than the training set raises both alike."""
+
+MEASURES = ("threshold", "members", "auditors", "auditor_options")
+"""The options that decide what is measured; the others say where and how fast."""
 
 PROMPT_SEED = 42
 """Of the choice of training captions as prompts."""
@@ -86,6 +90,14 @@ def own_drawing(model: Path) -> Drawing:
     return Drawing.at_end(RunDir.existing(model).read_config()) if is_run(model) else Drawing()
 
 
+def own_auditors(model: Path, options: Options) -> Options:
+    """The options with the auditors of a run; as they are for any other model."""
+    if not is_run(model):
+        return options
+    audit = RunDir.existing(model).read_config().audit
+    return replace(options, auditors=audit.auditors, auditor_options=audit.options)
+
+
 def audit_model(
     model: str | Path,
     data: str | Path | None = None,
@@ -120,7 +132,8 @@ def audit_model(
     if data is None and not is_run(path):
         raise ConfigError(f"{path} is no run of ret-fl, which would know its training images: name them as data")
     drawing = drawing or own_drawing(path)
-    options = options or Options(seed=drawing.seed)
+    options = options or own_auditors(path, Options(seed=drawing.seed))
+    load_auditors(options.auditors, options.auditor_options)  # before anything is drawn
     folder = (
         Path(out)
         if out is not None
@@ -154,7 +167,8 @@ def audit_folder(
     """
     if is_run(model):
         same_data = (data is None or Path(data) == model) and reference is None and held_out is None
-        same_measures = (options.threshold, options.members) == (Options.threshold, Options.members)
+        own = own_auditors(model, Options())
+        same_measures = all(getattr(options, k) == getattr(own, k) for k in MEASURES)
         if same_data and drawing == own_drawing(model) and same_measures and leakage and not features:
             return model / "audit"
     parts = model.resolve().parts[1:]

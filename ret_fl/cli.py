@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ret_fl import cli_audit, cli_data, cli_deploy, cli_doctor, cli_sample, cli_serve, cli_status
+from ret_fl import cli_audit, cli_data, cli_deploy, cli_doctor, cli_policies, cli_sample, cli_serve, cli_status
 from ret_fl.cli_options import (
     INTERRUPTED,
     AppOption,
@@ -16,6 +16,7 @@ from ret_fl.cli_options import (
     SetOption,
     VerboseOption,
     check_data,
+    check_plugins,
     plural,
     run_settings,
     stop,
@@ -62,7 +63,9 @@ def run(
         raise stop(f"--engine must be one of {', '.join(ENGINES)} (got {engine!r})")
     try:
         app_path = check_app(app_folder)
-        directory, config = _resumed(resume, preset, changes) if resume else _begun(preset, changes, out)
+        directory, config = (
+            _resumed(resume, preset, changes, app_path) if resume else _begun(preset, changes, out, app_path)
+        )
     except (ConfigError, OSError) as error:
         raise stop(error) from None
     try:
@@ -85,18 +88,24 @@ def run(
     typer.echo(next(line for line in directory.summary.read_text().splitlines()[1:] if line).replace("**", ""))
 
 
-def _begun(preset: Path | None, changes: list[str] | None, out: Path | None) -> tuple[RunDir, RunConfig]:
+def _begun(
+    preset: Path | None, changes: list[str] | None, out: Path | None, app_path: Path
+) -> tuple[RunDir, RunConfig]:
     from ret_fl.settings import new_run
 
-    settings = run_settings(preset, changes)
+    settings = run_settings(preset, changes, app_path)
     check_data(settings)
     return new_run(settings, out)
 
 
-def _resumed(resume: Path, preset: Path | None, changes: list[str] | None) -> tuple[RunDir, RunConfig]:
-    from ret_fl.settings import change_run
+def _resumed(resume: Path, preset: Path | None, changes: list[str] | None, app_path: Path) -> tuple[RunDir, RunConfig]:
+    from ret_fl.checkpoint import any_checkpoint
+    from ret_fl.rundir import RunDir
+    from ret_fl.settings import change_run, from_options
 
-    return change_run(resume, run_settings(preset, changes))
+    run, settings = RunDir.existing(resume), from_options(preset, changes)
+    check_plugins(run.read_config().to_flat() | settings, app_path, dealt=any_checkpoint(run.checkpoints))
+    return change_run(resume, settings)
 
 
 def _drive(
@@ -222,6 +231,7 @@ def study(context: typer.Context) -> None:
 
 app.command()(cli_audit.audit)
 app.command()(cli_audit.report)
+app.command()(cli_policies.policies)
 app.command()(cli_status.status)
 app.command()(cli_doctor.doctor)
 app.add_typer(cli_data.app, name="data")

@@ -104,6 +104,18 @@ def audit(
     channels: Annotated[Colours, typer.Option(help="Colour that images in files are brought to.")] = Colours.auto,
     members: Annotated[int, typer.Option(min=10, help="Images of each side in membership inference, at most.")] = 2000,
     leakage: Annotated[bool, typer.Option(help="Attack the model by its losses, where it has any.")] = True,
+    auditor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A plug-in that measures more (`ret-fl policies`), by its name or as package.module:name; or 'none'. "
+            "Repeatable. [default: those of the run, if MODEL is one]",
+            show_default=False,
+        ),
+    ] = None,
+    auditor_options: Annotated[
+        str, typer.Option(metavar="KEY = VALUE, ...", help="Settings of the --auditor plug-ins.")
+    ] = "",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -138,16 +150,19 @@ def audit(
         audit_model,
         is_run,
         open_data,
+        own_auditors,
         own_drawing,
         prompts_of,
     )
     from ret_fl.comparison import checkpoint_models, compare
     from ret_fl.dataspec import told_split
     from ret_fl.devices import limit_threads, resolve_device
+    from ret_fl.engines import find_app_code
 
     if baseline is not None and baseline not in models:
         raise stop(f"--baseline {baseline} is not among the models: name it as one of them, too")
     limit_threads(threads)
+    find_app_code(Path())
     source = data or next((str(m) for m in models if is_run(m)), "")
     alone = len(models) == 1 and not early_stop
     folder = out or Path("audits")
@@ -167,6 +182,12 @@ def audit(
         options = Options(
             threshold=threshold, members=members, seed=drawing.seed, device=resolve_device(device), memory_mb=memory_mb
         )
+        if auditor:
+            options = replace(options, auditors="+".join(auditor), auditor_options=auditor_options)
+        elif auditor_options:
+            raise ValueError("--auditor-options: name the --auditor they are for")
+        elif alone:
+            options = own_auditors(models[0], options)
         if alone:
             folder = out or audit_folder(
                 models[0], drawing, options, source, reference or None, held_out or None,

@@ -108,7 +108,7 @@ def local(
         if stay:
             _stay(app_path, shards, tls=tls)
         else:
-            settings = {"min-nodes": shards} | run_settings(preset, changes) | {"shards": shards}
+            settings = {"min-nodes": shards} | run_settings(preset, changes, app_path) | {"shards": shards}
             _train(app_path, settings, out, tls=tls, verbose=verbose)
     except (ConfigError, OSError, RunFailedError) as error:
         raise stop(error) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,14 +53,26 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
-def run_settings(preset: Path | None, changes: list[str] | None) -> dict[str, Scalar]:
-    """Settings, with the policy checked before any folder is made or changed (the config alone cannot)."""
-    from ret_fl.redistribution import parse_policy
+def run_settings(preset: Path | None, changes: list[str] | None, app: Path = Path()) -> dict[str, Scalar]:
+    """Settings of a new run, with all plug-ins checked before any folder is made (the config alone cannot)."""
     from ret_fl.settings import from_options
 
     settings = from_options(preset, changes)
-    parse_policy(str(settings.get("redistribution.policy", "none")))
+    check_plugins(settings, app)
     return settings
+
+
+def check_plugins(settings: Mapping[str, Scalar], app: Path, *, dealt: bool = False) -> None:
+    """Raise `ConfigError` for a plug-in that is not there. dealt: whether the run's samples are dealt already."""
+    from ret_fl.config import RunConfig
+    from ret_fl.engines import find_app_code
+    from ret_fl.loading import points_of, require_plugins
+    from ret_fl.redistribution import parse_policy
+
+    find_app_code(app)
+    config = RunConfig.from_flat(settings)
+    require_plugins(config, points_of(dealt))
+    parse_policy(config.redistribution.policy, config.redistribution.options)
 
 
 def check_data(settings: dict[str, Scalar]) -> None:

@@ -19,6 +19,7 @@ from ret_fl.config import ConfigError
 from ret_fl.data.sources import load_splits
 from ret_fl.diffusion.text_to_image import data_read
 from ret_fl.handover import save_model
+from ret_fl.loading import load_auditors
 from ret_fl.rundir import RunDir
 
 
@@ -47,6 +48,7 @@ def compare(
     """
     drawing = drawing or Drawing()
     options = options or Options(seed=drawing.seed)
+    load_auditors(options.auditors, options.auditor_options)  # before anything is drawn
     every = [*models, *early_stop]
     names = unique_names(every)
     folders = [out / _as_folder(name) for name in names]

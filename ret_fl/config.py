@@ -20,8 +20,10 @@ from ret_fl.sections import (
     DISK_SOURCES,
     FINE_TUNING_RATE,
     LEARNING_RATES,
+    WITHOUT_BANK,
     AgcConfig,
     AggregationConfig,
+    AuditConfig,
     DataConfig,
     DiffusionConfig,
     DpConfig,
@@ -140,6 +142,7 @@ class RunConfig(Section):
     quarantine: QuarantineConfig = QuarantineConfig.model_construct()
     aggregation: AggregationConfig = AggregationConfig.model_construct()
     dp: DpConfig = DpConfig.model_construct()
+    audit: AuditConfig = AuditConfig.model_construct()
 
     @model_validator(mode="after")
     def _with_a_learning_rate(self) -> RunConfig:
@@ -182,12 +185,12 @@ class RunConfig(Section):
             )
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
-        if self.agc.warm_passes and self.agc.mode != "agc":
+        if self.agc.warm_passes and self.agc.mode in WITHOUT_BANK:
             raise ValueError(
                 f"agc.warm-passes={self.agc.warm_passes} fills the bank that only agc.mode=agc reads (got "
                 f"{self.agc.mode}): set agc.warm-passes=0"
             )
-        if self.taa.mode != "off" and self.agc.mode != "agc":
+        if self.taa.mode != "off" and self.agc.mode in WITHOUT_BANK:
             raise ValueError(
                 f"taa.mode={self.taa.mode} measures the distance to AGC's threshold: set agc.mode=agc "
                 f"(got {self.agc.mode})"

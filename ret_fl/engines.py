@@ -49,6 +49,14 @@ def check_app(folder: Path) -> Path:
     )
 
 
+def find_app_code(folder: Path) -> None:
+    """Let this process import plug-ins that lie in the app folder, as the engines' processes do; elsewhere nothing."""
+    with suppress(ConfigError):
+        path = str(check_app(folder))
+        if path not in sys.path:
+            sys.path.insert(0, path)
+
+
 def _settings(directory: RunDir, config: RunConfig, resuming: bool) -> dict[str, Scalar]:
     return config.to_flat() | ({"resume": str(directory.path)} if resuming else {})
 

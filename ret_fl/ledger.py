@@ -164,8 +164,8 @@ class ShardLedger:
         self.log_ratio_sum[ids] += report.log_ratio_sum
         self.strength[ids] = np.clip(report.strength, 0, 1)
 
-    def apply(self, moves: Moves) -> None:
-        """Move samples, all or none. Raises `LedgerError` for unknown, foreign or doubled samples."""
+    def check_moves(self, moves: Moves) -> None:
+        """Raise `LedgerError` for moves of unknown, foreign or doubled samples, or to a shard that is not there."""
         ids = moves.ids
         if not len(ids):
             return
@@ -175,6 +175,16 @@ class ShardLedger:
             raise LedgerError("a sample cannot move twice at once")
         if (self.shard[ids] != moves.source).any():
             raise LedgerError(f"moves from shards that do not own them: {ids[self.shard[ids] != moves.source][:5]}")
+        if moves.target.min() < 0 or moves.target.max() >= self.num_shards:
+            told = np.unique(moves.target)
+            raise LedgerError(f"shard numbers must be in 0..{self.num_shards - 1} (moves go to {told})")
+
+    def apply(self, moves: Moves) -> None:
+        """Move samples, all or none. Raises as `check_moves`."""
+        self.check_moves(moves)
+        ids = moves.ids
+        if not len(ids):
+            return
         after = self.shard.copy()
         after[ids] = moves.target
         replace(self, shard=after).check()

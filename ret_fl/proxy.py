@@ -3,7 +3,7 @@
 for each batch of the shard:
     t, noise  ~ U{0..T-1}, N(0, 1)
     l         = |eps_hat - noise|^2 per sample
-    keep      = gate(l, t)                    AGC, ret_fl/mitigation/agc.py
+    keep      = gate(l, t)                    AGC or a plug-in, ret_fl/mitigation/agc.py
     step on mean(l[keep]); EMA;               neither, if nothing was kept
     bank[t] <- l                              all samples, kept or not
 """
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ret_fl.config import RunConfig
+from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.store import Samples
 from ret_fl.diffusion.objective import Change
 from ret_fl.mitigation import taa
@@ -108,8 +108,8 @@ class Round:
         self.gate: Gate = make_gate(agc, self.bank, torch.from_numpy(order.log_ratio).to(device))
         self.log = LossLog(len(order.ids), timesteps)
         self.strength = torch.tensor(order.strength, device=device)
-        policy = self.config.taa.policy if self.config.taa.policy != "auto" else kind
-        self.augment = taa.Augmenter(policy, self.config.taa.ops, self.config.taa.magnitude)  # type: ignore[arg-type]
+        self.sound = torch.ones((), dtype=torch.bool, device=device)
+        self.augment = taa.make_augmenter(self.config.taa, kind)
         self.queue = taa.AugmentQueue(self.config.batch_size)
         self.images = 0
 
@@ -128,7 +128,7 @@ class Round:
         return self.trainer.objective.losses(self.trainer.forward, draw.x0, draw.t, draw.noise, draw.condition)
 
     def _train(self, draw: Draw, choose: Callable[[Tensor, slice], Tensor], max_rescale: float = 0.0) -> None:
-        """A step on the gated mean of the losses that `choose` (losses, where they are in the draw) keeps: bool [n].
+        """A step on the gated mean of the losses by the weights that `choose` (losses, where in the draw) gives: [n].
 
         micro-batch parts one after the other give the gradients of their sums; the number kept is known after the last.
         """
@@ -167,8 +167,9 @@ class Round:
 
         def choose(loss: Tensor, part: slice) -> Tensor:
             """Let the gate look at losses, and say which are trained on now."""
-            seen[part], keep[part] = loss, self.gate(loss, draw.t[part], where[part])
-            return keep[part] & (self._ratio(loss, draw.t[part]) >= config.taa.bar) if band else keep[part]
+            weight = self._weigh(loss, draw.t[part], where[part])
+            seen[part], keep[part] = loss, weight > 0
+            return weight * (self._ratio(loss, draw.t[part]) >= config.taa.bar) if band else weight
 
         band = mode == "two-pass-band"
         if mode == "two-pass-all":
@@ -182,6 +183,13 @@ class Round:
         self.bank.update(draw.t, seen)
         if ratio is not None:
             self._augment_later(position, where, ratio, keep & (ratio < config.taa.bar) if band else keep)
+
+    def _weigh(self, loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
+        """What the gate makes of losses; weights outside of [0, 1] are noted, without asking the GPU at every step."""
+        weight = self.gate(loss, t, position)
+        if weight.is_floating_point():
+            self.sound &= ((weight >= 0) & (weight <= 1)).all()
+        return weight
 
     def _ratio(self, loss: Tensor, t: Tensor) -> Tensor:
         """Of each loss to its threshold: float [B]. Where AGC does not look, no loss is near its threshold."""
@@ -253,6 +261,8 @@ def train_proxy(
                 break
             round_.batch(torch.from_numpy(position))
         round_.train_waiting(flush=True)
+    if not round_.sound:
+        raise ConfigError(f"agc.mode={config.agc.mode}: the gate gave weights that do not lie in [0, 1]")
     summary = round_.log.summary()
     if not np.isfinite(summary.loss):
         raise ProxyDivergedError(

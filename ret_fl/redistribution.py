@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, QuarantineConfig, RedistributionConfig, RunConfig
-from ret_fl.ledger import Ids, Moves, ShardLedger
+from ret_fl.ledger import Ids, LedgerError, Moves, ShardLedger
+from ret_fl.loading import load, names
+from ret_fl.plugins import POLICIES
 from ret_fl.protocol import TrainReport
 
 Policy = Callable[[ShardLedger, Sequence[TrainReport], np.random.Generator, RedistributionConfig], Moves]
-"""(ledger, sound reports of the round, rng, settings) -> proposed moves. A policy reads, the caller applies."""
+"""As `ret_fl.plugins.RedistributionPolicy`: a policy reads and proposes, the caller applies."""
 
 
 @dataclass(frozen=True)
@@ -135,25 +137,23 @@ def random(
     return _exchange(ledger, rng, config, rng.random(len(ledger)), np.ones(len(ledger), bool))
 
 
-POLICIES: dict[str, Policy] = {"balance": balance, "memorized": memorized, "high-loss": high_loss, "random": random}
 QUARANTINE = "quarantine"
+RINGS = ("memorized", "high-loss", "random")
 
 
-def parse_policy(text: str) -> tuple[list[Policy], bool]:
-    """'balance+quarantine' -> ([balance], True). Raises `ConfigError` for an unknown name or two ring moves."""
-    names = [name.strip() for name in text.split("+")]
-    known = [*POLICIES, QUARANTINE, "none"]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"redistribution.policy: no policy {unknown[0]!r}; join some of {', '.join(known)} by '+'")
-    if "none" in names and len(names) > 1:
-        raise ConfigError(f"redistribution.policy: 'none' stands alone (got {text!r})")
-    rings = [name for name in names if name in POLICIES and name != "balance"]
+def parse_policy(text: str, options: str = "") -> tuple[list[Policy], bool]:
+    """'balance+quarantine' -> ([balance], True), plug-ins made with `options`.
+
+    Raises `ConfigError` for two ring moves, and as `ret_fl.loading.load`.
+    """
+    policies = [plugin.call for plugin in load(POLICIES, text, options)]
+    every = names(POLICIES, text)
+    rings = [name for name in every if name in RINGS]
     if len(rings) > 1:
         raise ConfigError(
             f"redistribution.policy: {' and '.join(rings)} both exchange samples round the ring: take one"
         )
-    return [POLICIES[name] for name in names if name in POLICIES], QUARANTINE in names
+    return policies, QUARANTINE in every
 
 
 def is_due(config: RunConfig, round: int) -> bool:
@@ -179,12 +179,13 @@ def propose(
     """Moves of several policies in turn; a sample claimed by an earlier one stays claimed.
 
     Together they could take the last sample of a small shard; such a shard then gives nothing. Under
-    `redistribution.control` chance takes the place of the policies' choice.
+    `redistribution.control` chance takes the place of the policies' choice. Raises `LedgerError` for moves that the
+    ledger cannot take.
     """
     parts: list[Moves] = []
     for policy in policies:
         taken = Moves.join(parts).ids
-        proposed = policy(ledger, reports, rng, config)
+        proposed = _sound(policy, ledger, policy(ledger, reports, rng, config))
         if config.control != "off":
             proposed = _by_chance(proposed, ledger, rng, between_any=config.control == "all")
         parts.append(proposed.without(taken))
@@ -196,6 +197,18 @@ def propose(
         if not emptied.any():
             return moves
         moves = moves.without(moves.ids[emptied])
+
+
+def _sound(policy: Policy, ledger: ShardLedger, proposed: object) -> Moves:
+    """What a policy gave back, if it is moves that the ledger can take. Raises `LedgerError` with the policy's name."""
+    name = getattr(policy, "__qualname__", type(policy).__qualname__)
+    if not isinstance(proposed, Moves):
+        raise LedgerError(f"redistribution.policy: {name} must give Moves, not {type(proposed).__name__}")
+    try:
+        ledger.check_moves(proposed)
+    except LedgerError as error:
+        raise LedgerError(f"redistribution.policy: {name}: {error}") from None
+    return proposed
 
 
 def _by_chance(moves: Moves, ledger: ShardLedger, rng: np.random.Generator, *, between_any: bool) -> Moves:

@@ -116,10 +116,10 @@ class ServiceConfig(Section):
 
 
 class PartitionConfig(Section):
-    scheme: Literal["iid", "shuffled", "class", "dirichlet", "file"] = Field(
+    scheme: str = Field(
         "iid",
-        description="How samples are first dealt to shards: class-balanced, shuffled, whole classes a shard, "
-        "Dirichlet over classes, or as a file says.",
+        description="How samples are first dealt to shards: iid (class-balanced), shuffled, class (whole classes a "
+        "shard), dirichlet (over classes), file (as it says), or a plug-in (docs/extending.md).",
     )
     alpha: float = Field(0.3, gt=0, description="Dirichlet concentration: small is skewed, large is even.")
     classes_per_shard: int = Field(2, ge=1, description="Classes each shard holds under 'class'.")
@@ -129,6 +129,7 @@ class PartitionConfig(Section):
         "as fast as the nodes train, measured at the start.",
     )
     path: str = Field("", description="For 'file': a .npy or .json list with one shard number a sample.")
+    options: str = Field("", description="Settings of a plug-in in partition.scheme, as in 'near = true, top = 3'.")
 
 
 class ModelConfig(Section):
@@ -237,11 +238,11 @@ class EmaConfig(Section):
 
 
 class AgcConfig(Section):
-    mode: Literal["off", "agc", "sample", "random"] = Field(
+    mode: str = Field(
         "off",
         description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
-        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate. Off: "
-        "quarantine skips whole samples at less cost (docs/results/gate.md).",
+        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate; or a "
+        "plug-in (docs/extending.md). Off: quarantine skips whole samples at less cost (docs/results/gate.md).",
     )
     mem_ratio: float = Field(
         1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
@@ -264,6 +265,11 @@ class AgcConfig(Section):
     sharpness: float = Field(
         4.0, ge=0, description="Mode 'sample' keeps with probability exp(sharpness * (r - median r)) below the median."
     )
+    options: str = Field("", description="Settings of a plug-in in agc.mode, as in 'soft = true, width = 0.5'.")
+
+
+WITHOUT_BANK = ("off", "sample", "random")
+"""Values of agc.mode whose gates do not look at the loss bank."""
 
 
 class TaaConfig(Section):
@@ -277,9 +283,12 @@ class TaaConfig(Section):
     momentum: float = Field(0.5, ge=0, lt=1, description="next-visit: how much of the old strength a visit keeps.")
     magnitude: float = Field(5.0, ge=0, le=30, description="RandAugment magnitude (of 30) at full strength.")
     ops: int = Field(2, ge=1, le=4, description="Random operations an image goes through.")
-    policy: Literal["auto", "glyph", "photo"] = Field(
-        "auto", description="Operations: 'glyph' moves shapes only, 'photo' adds flips and colour; auto: by source."
+    policy: str = Field(
+        "auto",
+        description="Operations: 'glyph' moves shapes only, 'photo' adds flips and colour; auto: by source; or a "
+        "plug-in (docs/extending.md).",
     )
+    options: str = Field("", description="Settings of a plug-in in taa.policy, as in 'side = 4'.")
 
 
 class RedistributionConfig(Section):
@@ -287,7 +296,10 @@ class RedistributionConfig(Section):
         "balance+quarantine",
         description="What the server does with reported sample IDs; several joined by '+': balance (high-loss IDs "
         "from the worst-fitted shard to the best), quarantine (memorized IDs are visited less), memorized (MSR, the "
-        "paper's ring swap), high-loss, random, none.",
+        "paper's ring swap), high-loss, random, none, or plug-ins (docs/extending.md).",
+    )
+    options: str = Field(
+        "", description="Settings of plug-ins in redistribution.policy, as in 'top = 3, strength = 0.5'."
     )
     fraction: float = Field(
         0.05, gt=0, le=0.5, description="Share of a shard that moves at a time (the paper's rho is 0.25)."
@@ -364,3 +376,12 @@ class DpConfig(Section):
         description="Let the run end with an audit (samples above 0). It shows training images and tells of losses on "
         "them: it is for the operator of the server, and epsilon does not cover it.",
     )
+
+
+class AuditConfig(Section):
+    auditors: str = Field(
+        "none",
+        description="What the audit at a run's end measures beside its own numbers; several joined by '+': variety "
+        "(how far samples lie from each other), plug-ins (docs/extending.md), or none.",
+    )
+    options: str = Field("", description="Settings of plug-ins in audit.auditors, as in 'parts = 2'.")

@@ -21,7 +21,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
 from ret_fl.aggregation import make_base
@@ -157,7 +157,7 @@ class RedistributeEnsemble(Strategy):
         if config.private and wrapper_of(self.base) is None:
             raise ValueError(f"dp.mode={config.dp.mode}, but the base adds no noise: take make_base(config)")
         self.first_round = first_round
-        self.policies, self.quarantine = parse_policy(config.redistribution.policy)
+        self.policies, self.quarantine = parse_policy(config.redistribution.policy, config.redistribution.options)
         self.shards = banks or self._fresh_shards()
         self.roster = roster or Roster(config, fingerprint)
         self.journal = self.roster.journal

@@ -26,6 +26,7 @@ from ret_fl.diffusion.text_to_image import data_read, frozen_part, require_capti
 from ret_fl.dispatch import Dispatcher
 from ret_fl.events import Journal
 from ret_fl.ledger import ShardLedger
+from ret_fl.loading import foreign_plugins, points_of, require_plugins
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.roster import Roster
@@ -46,6 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         run = RunDir.existing(config.resume)
         _warn_of_ignored(config, run.read_config())
     else:
+        require_plugins(config)
         run = RunDir.begin(config)
     with run.locked(config.wait_seconds):
         _conduct(grid, context, run)
@@ -56,6 +58,9 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     # a run that did not get as far as its first checkpoint is begun anew
     begun = any_checkpoint(run.checkpoints) or bool(run.rows())
     checkpoint: Checkpoint | None = load_latest(run.checkpoints) if begun else None
+    require_plugins(config, points_of(dealt=checkpoint is not None))
+    for told in foreign_plugins(config):
+        log(INFO, "plug-in: %s", told)
     base = make_base(config)
     resolve_device(config.device)
     limit_threads(config.threads)

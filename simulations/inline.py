@@ -20,6 +20,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from ret_fl.config import Scalar
+from ret_fl.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,17 @@ def main() -> None:
     from server.app import app as server_app
 
     run_inline(server_app, client_app, read_preset(Path(sys.argv[1])), int(sys.argv[2]))
+
+
+def run_here(settings: Mapping[str, Scalar], out: str | Path | None = None) -> RunDir:
+    """A whole run in this process, where a debugger stops in a plug-in: its folder. out as `ret-fl run --out`."""
+    from clients.app import app as client_app
+    from ret_fl.settings import new_run
+    from server.app import app as server_app
+
+    directory, config = new_run(settings, Path(out) if out is not None else None)
+    run_inline(server_app, client_app, config.to_flat(), config.shards)
+    return directory
 
 
 def run_inline(

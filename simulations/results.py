@@ -25,7 +25,7 @@ from ret_fl.files import write_atomically
 
 LOCAL = (
     "name", "out", "resume", "state-dir", "data.cache-dir", "device", "threads", "keep-checkpoints", "min-nodes",
-    "wait-seconds", "round-timeout", "retries", "patience",
+    "wait-seconds", "round-timeout", "retries", "patience", "audit.auditors", "audit.options",
 )  # fmt: skip
 """Settings that say where and how a run is made, not what comes out."""
 

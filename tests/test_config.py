@@ -94,7 +94,7 @@ def test_a_section_is_no_setting(section: str) -> None:
     [
         ("agc.mem-ratio", 0.5, "number and > 1"),
         ("agc.mem-ratio", math.nan, "number and > 1"),
-        ("agc.mode", "agcc", "off | agc | sample | random"),
+        ("taa.mode", "on", "off | next-visit | two-pass-band | two-pass-all"),
         ("shards", 0, "integer and >= 1"),
         ("shards", 2.5, "integer and >= 1"),
         ("redistribution.fraction", 0.6, "number and > 0 and <= 0.5"),

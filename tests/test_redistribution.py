@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledgers import fits_of, ledger_of, report, rng, with_ratios
 
-from ret_fl import redistribution
+from ret_fl import plugins
 from ret_fl.config import ConfigError, RedistributionConfig, RunConfig
 from ret_fl.ledger import Moves, ShardLedger
+from ret_fl.loading import load
 from ret_fl.redistribution import (
-    POLICIES,
     balance,
     high_loss,
     is_due,
@@ -197,6 +196,7 @@ def test_a_derangement_changes_from_time_to_time_and_a_ring_does_not() -> None:
         assert seen == arrangements if arrangements else len(seen) > 3
 
 
+POLICIES = {name: load(plugins.POLICIES, name)[0].call for name in plugins.POLICIES.built_in}
 policy_names = st.lists(st.sampled_from(sorted(POLICIES)), min_size=1, max_size=4)
 
 
@@ -319,16 +319,3 @@ class TestParsePolicy:
 
     def test_the_default_is_a_policy(self) -> None:
         assert parse_policy(RunConfig().redistribution.policy) == ([balance], True)
-
-
-def test_the_policy_in_the_readme_moves_reported_samples() -> None:
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    module = vars(redistribution) | {"POLICIES": {}}
-    exec(compile(code, "README.md", "exec"), module)
-    ledger = ledger_of(10, 10, 10)
-    told = [report(shard, ledger.ids(shard), memorized=ledger.ids(shard)[:4]) for shard in range(3)]
-    moves = propose([module["POLICIES"]["spread"]], ledger, told, rng(), RedistributionConfig(fraction=0.2))
-    ledger.apply(moves)
-    ledger.check()
-    assert sorted(moves.ids) == sorted(i for shard in range(3) for i in told[shard].memorized[:2])
-    assert (moves.source != moves.target).all()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ret_fl.mitigation.taa import Augmenter, AugmentQueue, strength, threshold_ratio
+from ret_fl.mitigation.taa import AugmentQueue, RandAugment, strength, threshold_ratio
 
 Policy = Literal["glyph", "photo"]
 policies = st.sampled_from(["glyph", "photo"])
@@ -69,7 +69,7 @@ def test_strength_zero_leaves_an_image_bit_identical_whatever_its_neighbours_get
     torch.manual_seed(seed)
     images = noise_images(4)
     a = torch.tensor(strengths)
-    out = Augmenter(policy, magnitude=30.0)(images, a)
+    out = RandAugment(policy, magnitude=30.0)(images, a)
     assert torch.equal(out[a == 0], images[a == 0])
 
 
@@ -78,7 +78,7 @@ def test_each_image_has_its_own_strength(policy: Policy) -> None:
     torch.manual_seed(0)
     images = noise_images(1).expand(900, -1, -1, -1)
     a = torch.tensor([0.0, 0.2, 1.0]).repeat(300)
-    out = Augmenter(policy)(images, a)
+    out = RandAugment(policy)(images, a)
     changed = (out - images).abs().flatten(1).amax(1) > 1e-3
     assert not changed[a == 0].any()
     # two operations on the same axis may undo each other: a tenth of the draws at most
@@ -90,19 +90,19 @@ def test_each_image_has_its_own_strength(policy: Policy) -> None:
 def test_magnitude_zero_augments_nothing() -> None:
     torch.manual_seed(0)
     images = noise_images(16)
-    torch.testing.assert_close(Augmenter("glyph", magnitude=0.0)(images, torch.ones(16)), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(RandAugment("glyph", magnitude=0.0)(images, torch.ones(16)), images, atol=1e-5, rtol=0)
 
 
 def test_glyphs_are_never_mirrored() -> None:
     torch.manual_seed(0)
-    out = Augmenter("glyph")(letter().expand(1000, -1, -1, -1), torch.ones(1000))
+    out = RandAugment("glyph")(letter().expand(1000, -1, -1, -1), torch.ones(1000))
     assert not closer_to_mirror(out, letter()).any()
 
 
 def test_photographs_are_mirrored_half_of_the_time_at_full_strength_and_less_below() -> None:
     torch.manual_seed(0)
     images = letter().expand(1000, -1, -1, -1)
-    full, weak = (closer_to_mirror(Augmenter("photo")(images, torch.full((1000,), a)), letter()) for a in (1.0, 0.2))
+    full, weak = (closer_to_mirror(RandAugment("photo")(images, torch.full((1000,), a)), letter()) for a in (1.0, 0.2))
     assert abs(full.float().mean() - 0.5) < 0.08
     assert abs(weak.float().mean() - 0.1) < 0.05
 
@@ -123,7 +123,7 @@ def test_augmented_images_keep_range_shape_and_type(
     # saturated images: what overshoots shows
     images = noise_images(len(strengths), channels, 7).sign()
     before = images.clone()
-    out = Augmenter(policy, ops, magnitude)(images, torch.tensor(strengths))
+    out = RandAugment(policy, ops, magnitude)(images, torch.tensor(strengths))
     assert out.shape == images.shape and out.dtype == torch.float32
     assert out.abs().max() <= 1 + 1e-5
     assert torch.equal(images, before)
@@ -135,7 +135,7 @@ def test_two_shifts_move_a_shape_no_farther_than_magnitude_allows(magnitude: flo
     side, count = 41, 2000
     dot = torch.full((count, 1, side, side), -1.0)
     dot[:, :, side // 2 - 1 : side // 2 + 2, side // 2 - 1 : side // 2 + 2] = 1
-    mass = (Augmenter("glyph", magnitude=magnitude)(dot, torch.ones(count)) + 1)[:, 0]
+    mass = (RandAugment("glyph", magnitude=magnitude)(dot, torch.ones(count)) + 1)[:, 0]
     along = torch.arange(side) - side // 2
     centre = (
         torch.stack([(mass * along).sum((1, 2)), (mass * along[:, None]).sum((1, 2))], dim=1)
@@ -161,18 +161,18 @@ def test_colour_operations_blend_as_pil_does_and_glyphs_get_none() -> None:
         *(colour * (1 + s * amount) for s in (-1, 1)),
         *(grey + (colour - grey) * (1 + s * amount) for s in (-1, 1)),
     ]
-    out = (Augmenter("photo", ops=1)(images, torch.ones(600)) + 1) / 2
+    out = (RandAugment("photo", ops=1)(images, torch.ones(600)) + 1) / 2
     nearest = (out[:, None] - torch.stack(expected)[None, :, :, None, None]).abs().flatten(2).amax(2).min(dim=1)
     assert nearest.values.max() < 1e-5
     shares = torch.bincount(nearest.indices, minlength=5) / 600
     # of nine operations six leave a plain colour alone: the five moves and sharpness
     assert (shares - torch.tensor([6 / 9, 1 / 18, 1 / 18, 1 / 9, 1 / 9])).abs().max() < 0.08
-    torch.testing.assert_close(Augmenter("glyph")(images, torch.ones(600)), images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(RandAugment("glyph")(images, torch.ones(600)), images, atol=1e-5, rtol=0)
 
 
 def test_a_seed_repeats_an_augmentation() -> None:
     images, a = noise_images(4), torch.ones(4)
-    first, second, third = (Augmenter("photo")(images, a) for seed in (3, 3, 4) if torch.manual_seed(seed))
+    first, second, third = (RandAugment("photo")(images, a) for seed in (3, 3, 4) if torch.manual_seed(seed))
     assert torch.equal(first, second) and not torch.equal(first, third)
 
 

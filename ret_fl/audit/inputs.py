@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from ret_fl.audit import schema
 from ret_fl.audit.distances import MEMORY_MB
 from ret_fl.audit.replication import require_threshold
 from ret_fl.data.store import SampleStore
+
+if TYPE_CHECKING:
+    from ret_fl.audit.generate import Denoiser
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Options:
     """How an audit measures.
 
     threshold: calibrated ratio below which a sample is a copy. k: neighbours of MQ and Carlini's ratio; None: 50, or
-    all training images where they are fewer. members: images of each side in membership inference, at most.
+    all training images where they are fewer. members: images of each side in membership inference, at most. auditors,
+    auditor_options: plug-ins that measure more, as in `audit.auditors` and `audit.options`.
     """
 
     threshold: float = 0.3
@@ -48,10 +53,28 @@ class Options:
     seed: int = 0
     device: torch.device | str = "cpu"
     memory_mb: int = MEMORY_MB
+    auditors: str = "none"
+    auditor_options: str = ""
 
     def __post_init__(self) -> None:
         """Raises as `require_threshold`."""
         require_threshold(self.threshold)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a plug-in of `audit.auditors` may look at.
+
+    model: where it lies. images: its own, float32 [N, C, H, W] in [0, 1]. data: the real images. denoiser: opens the
+    model itself, its U-Net, noise schedule and fold factor; None where it has no losses or the audit leaves them alone.
+    options: how to measure, the device and seed among it.
+    """
+
+    model: Path
+    images: Tensor
+    data: AuditData
+    denoiser: Callable[[], Denoiser | None]
+    options: Options
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import logging
 import platform
 import time
 import warnings
@@ -32,7 +33,7 @@ from ret_fl.audit.distances import Images
 from ret_fl.audit.features import FeatureModel, LoadedModel
 from ret_fl.audit.fidelity import fidelity
 from ret_fl.audit.generate import Denoiser, Generated
-from ret_fl.audit.inputs import AuditData, Background, Options, distinct_rows, spread_rows
+from ret_fl.audit.inputs import AuditData, Background, Evidence, Options, distinct_rows, spread_rows
 from ret_fl.audit.losses import loss_histograms
 from ret_fl.audit.report import Pictures
 from ret_fl.audit.similarity import similarity
@@ -40,7 +41,10 @@ from ret_fl.audit.whitened import FEWEST as FEWEST_WHITENED
 from ret_fl.audit.whitened import MOST, WhitenedPixels
 from ret_fl.data.store import SampleStore
 from ret_fl.files import user_cache
+from ret_fl.loading import Plugin, load_auditors
 from ret_fl.pictures import Pairs
+
+log = logging.getLogger(__name__)
 
 FEWEST = 4
 """Images a set needs for precision and recall, whose radius is that of the third neighbour."""
@@ -80,9 +84,11 @@ def run_audit(
         `Audit.warnings`.
 
     Raises:
-        ValueError: images of the sets differ in shape, fewer than 4 distinct training images, or as in `replication`.
+        ValueError: images of the sets differ in shape, fewer than 4 distinct training images, an auditor that cannot
+            be loaded, or as in `replication`.
     """
     options = options or Options()
+    auditors = load_auditors(options.auditors, options.auditor_options)
     require_same_shape(data, tuple(generated.images.shape[1:]))
     require_enough(data)
     with warnings.catch_warnings(record=True) as caught:
@@ -137,6 +143,7 @@ def run_audit(
         losses: dict[str, np.ndarray] = {}
         if (loaded := denoiser()) and takes(loaded, data):
             leakage, losses = attack(loaded, data, known, options, on_stage)
+        added = _added(auditors, Evidence(path, generated.images, data, denoiser, options), on_stage)
     audit = schema.Audit(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version(name) for name in ("ret-fl", "torch", "diffusers")}
@@ -163,6 +170,7 @@ def run_audit(
         training=known.training,
         losses=loss_histograms(losses),
         clip=clip,
+        added=added,
         measuring=schema.Measuring(members=options.members, seed=options.seed, device=str(options.device)),
         warnings=list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))),
     )
@@ -176,6 +184,26 @@ def run_audit(
         skip_by_timestep=known.skip_by_timestep,
     )
     return audit, pictures
+
+
+def _added(auditors: Sequence[Plugin], evidence: Evidence, on_stage: Stage) -> list[schema.Added]:
+    """What plug-ins measure. One that fails is a warning: the audit's own numbers may have taken hours."""
+    found = []
+    for plugin in auditors:
+        on_stage(f"auditor {plugin.name}")
+        try:
+            values = {str(name): float(value) for name, value in plugin.call(evidence).items()}
+        except Exception as error:  # code of others may raise anything
+            log.exception("auditor %s failed", plugin.name)
+            warnings.warn(f"the auditor {plugin.name} failed: {type(error).__name__}: {error}", stacklevel=1)
+            continue
+        settings = plugin.settings.model_dump(mode="json") if plugin.settings else {}
+        found.append(
+            schema.Added(
+                auditor=plugin.name, source=plugin.source, about=plugin.about, settings=settings, values=values
+            )
+        )
+    return found
 
 
 def _whitened_similarity(generated: Generated, data: AuditData, options: Options) -> schema.Similarity | None:

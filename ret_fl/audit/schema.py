@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -286,6 +286,19 @@ class Training(Part):
     delta: float | None = None
 
 
+class Added(Part):
+    """What a plug-in of `audit.auditors` measured: numbers by name.
+
+    source: the package it is from, or 'by its path'. about: its own first line. settings: its own.
+    """
+
+    auditor: str
+    source: str
+    about: str
+    settings: dict[str, Any]
+    values: dict[str, float]
+
+
 class Audit(Part):
     """An audit of one model."""
 
@@ -303,3 +316,4 @@ class Audit(Part):
     losses: list[LossHistogram] = []
     measuring: Measuring | None = None
     clip: list[ClipScore] = []
+    added: list[Added] = []

@@ -56,7 +56,12 @@ class Row:
 
 def key_numbers(audit: Audit, baseline: Audit | None) -> list[Row]:
     """Every headline number beside its floor and the baseline's."""
-    return [*_copy_rows(audit, baseline), *_quality_rows(audit, baseline), *_leakage_rows(audit, baseline)]
+    return [
+        *_copy_rows(audit, baseline),
+        *_quality_rows(audit, baseline),
+        *_leakage_rows(audit, baseline),
+        *_added_rows(audit, baseline),
+    ]
 
 
 def _copy_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
@@ -131,6 +136,18 @@ def _leakage_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
             Row("Leakage", "Exposure of the most exposed canary", bits(max(exposure.exposures)), NONE,
                 _show(twin, lambda other: bits(max(other.exposures)))),
         ]  # fmt: skip
+    return rows
+
+
+def _added_rows(audit: Audit, baseline: Audit | None) -> list[Row]:
+    rows = []
+    for own in audit.added:
+        like = find(baseline.added, auditor=own.auditor, settings=own.settings) if baseline else None
+        group = f"By the auditor {own.auditor}, {own.source}. {own.about}"
+        rows += [
+            Row(group, name, number(value), NONE, number(like.values.get(name)) if like else NONE)
+            for name, value in own.values.items()
+        ]
     return rows
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ret_fl.config import ConfigError, PartitionConfig
+from ret_fl.loading import load
+from ret_fl.plugins import SHARD_POLICIES
 
 
 def partition(
@@ -31,7 +32,7 @@ def partition(
         raise ConfigError(
             f"too few images ({num_samples}) for {shards} shards: lower shards, or raise data.limit (0 takes all)"
         )
-    if config.sizes and config.scheme not in ("iid", "shuffled"):
+    if config.sizes and config.scheme in ("class", "dirichlet", "file"):
         raise ConfigError(
             f"partition.sizes holds for the schemes 'iid' and 'shuffled' only: empty it for {config.scheme!r}"
         )
@@ -40,7 +41,14 @@ def partition(
     if labels is None and config.scheme in ("class", "dirichlet"):
         raise ConfigError(f"partition.scheme={config.scheme} needs classes and these images have none: use 'iid'")
     rng = np.random.default_rng(seed)
-    owner = _SCHEMES[config.scheme](num_samples, labels, shards, config, rng).astype(np.int32)
+    (policy,) = load(SHARD_POLICIES, config.scheme, config.options)
+    dealt = np.asarray(policy.call(num_samples, labels, shards, config, rng))
+    if dealt.shape != (num_samples,) or dealt.dtype.kind not in "iu" or dealt.min() < 0 or dealt.max() >= shards:
+        raise ConfigError(
+            f"partition.scheme={config.scheme} must give {num_samples} whole numbers in 0..{shards - 1}, one a sample "
+            f"(got shape {dealt.shape}, {dealt.dtype})"
+        )
+    owner = dealt.astype(np.int32)
     empty = np.flatnonzero(np.bincount(owner, minlength=shards) == 0)
     if len(empty):
         raise ConfigError(
@@ -79,7 +87,8 @@ BY_SPEED = "speed"
 """partition.sizes: relative to how fast the nodes train, as measured when they introduce themselves."""
 
 
-def _sizes(config: PartitionConfig, num_samples: int, shards: int) -> np.ndarray:
+def shard_sizes(config: PartitionConfig, num_samples: int, shards: int) -> np.ndarray:
+    """Samples in each shard as `partition.sizes` says: int64 [shards]. Raises `ConfigError` if it says it badly."""
     if config.sizes in ("", BY_SPEED):  # before speeds are measured, all nodes count as equally fast
         return largest_remainder(np.ones(shards), num_samples)
     try:
@@ -91,27 +100,30 @@ def _sizes(config: PartitionConfig, num_samples: int, shards: int) -> np.ndarray
     return largest_remainder(weights, num_samples)
 
 
-def _shuffled(
-    n: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
+def shuffled(
+    num_samples: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
 ) -> np.ndarray:
-    owner = np.repeat(np.arange(shards), _sizes(config, n, shards))
+    """Dealt at random, in the sizes that partition.sizes says."""
+    owner = np.repeat(np.arange(shards), shard_sizes(config, num_samples, shards))
     return rng.permutation(owner)
 
 
-def _iid(
-    n: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
+def iid(
+    num_samples: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
 ) -> np.ndarray:
+    """Dealt at random with the classes in proportion; without classes as 'shuffled'."""
     if labels is None:
-        return _shuffled(n, labels, shards, config, rng)
-    owner = np.empty(n, np.int64)
+        return shuffled(num_samples, labels, shards, config, rng)
+    owner = np.empty(num_samples, np.int64)
     # One deal runs through all classes without starting over, so the rests of the classes spread over the shards.
-    owner[np.concatenate(_members(labels, rng))] = interleave(_sizes(config, n, shards))
+    owner[np.concatenate(_members(labels, rng))] = interleave(shard_sizes(config, num_samples, shards))
     return owner
 
 
-def _class(
-    n: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
+def by_class(
+    num_samples: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
 ) -> np.ndarray:
+    """Each shard holds partition.classes-per-shard whole classes, or its part of them."""
     assert labels is not None
     members = _members(labels, rng)
     per_shard = min(config.classes_per_shard, len(members))
@@ -121,7 +133,7 @@ def _class(
             f"partition.classes-per-shard to {-(-len(members) // shards)} or more, or raise shards"
         )
     slots = np.arange(shards * per_shard)  # slot i is in shard i // per_shard and takes class i mod C
-    owner = np.empty(n, np.int64)
+    owner = np.empty(num_samples, np.int64)
     dealt = 0
     for c, ids in enumerate(members):
         holders = slots[slots % len(members) == c] // per_shard
@@ -130,11 +142,12 @@ def _class(
     return owner
 
 
-def _dirichlet(
-    n: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
+def dirichlet(
+    num_samples: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
 ) -> np.ndarray:
+    """Each class is spread over the shards by shares drawn from a Dirichlet distribution (partition.alpha)."""
     assert labels is not None
-    owner = np.empty(n, np.int64)
+    owner = np.empty(num_samples, np.int64)
     for ids in _members(labels, rng):
         shares = rng.dirichlet(np.full(shards, config.alpha))
         owner[ids] = np.repeat(np.arange(shards), largest_remainder(shares, len(ids)))
@@ -147,9 +160,10 @@ def _dirichlet(
     return owner
 
 
-def _file(
-    n: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
+def by_file(
+    num_samples: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
 ) -> np.ndarray:
+    """As the list in partition.path says."""
     path = Path(config.path).expanduser()
     if not config.path or path.suffix not in (".npy", ".json"):
         raise ConfigError(f"partition.scheme=file needs a .npy or .json file in partition.path (got {config.path!r})")
@@ -157,9 +171,9 @@ def _file(
         owner = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.array(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise ConfigError(f"partition.path: cannot read {path}: {error}") from error
-    if owner.shape != (n,) or not np.issubdtype(owner.dtype, np.integer):
+    if owner.shape != (num_samples,) or not np.issubdtype(owner.dtype, np.integer):
         raise ConfigError(
-            f"partition.path: {path} must hold {n} integers, one a training sample "
+            f"partition.path: {path} must hold {num_samples} integers, one a training sample "
             f"(got shape {owner.shape}, {owner.dtype})"
         )
     if owner.min() < 0 or owner.max() >= shards:
@@ -168,13 +182,3 @@ def _file(
             "numbers must be in 0..shards-1"
         )
     return owner
-
-
-_Scheme = Callable[[int, np.ndarray | None, int, PartitionConfig, np.random.Generator], np.ndarray]
-_SCHEMES: dict[str, _Scheme] = {
-    "iid": _iid,
-    "shuffled": _shuffled,
-    "class": _class,
-    "dirichlet": _dirichlet,
-    "file": _file,
-}

@@ -11,14 +11,18 @@ ascends: low-loss samples are left out of the batch mean. For a batch of losses 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ret_fl.config import AgcConfig
+from ret_fl.config import AgcConfig, ConfigError
+from ret_fl.loading import load
+from ret_fl.plugins import GATES
 
 Gate = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(loss float [B], t int64 [B], position in the shard int64 [B]) -> keep bool [B]."""
+"""(loss float [B], t int64 [B], position in the shard int64 [B]) -> weight, bool [B] or float [B] in [0, 1]."""
+WEIGHTS = (torch.bool, torch.float32)
 
 
 class LossBank:
@@ -84,40 +88,77 @@ def keep_mask(loss: Tensor, bank_value: Tensor, mem_ratio: float) -> Tensor:
 
 
 def gated_mean(loss: Tensor, keep: Tensor, max_rescale: float = 0.0) -> Tensor:
-    """Mean of the kept losses (scalar); 0 if none is kept.
+    """Mean of the kept losses (scalar); 0 if none is kept. Of weights in [0, 1] it is the weighted mean.
 
-    With `max_rescale` = c the few losses left of a batch of B weigh at most c/B each, instead of 1/kept.
+    Weights that sum to less than 1 are not scaled up. With `max_rescale` = c the few losses left of a batch of B weigh
+    at most c/B each, instead of 1/kept.
     """
     return (loss * keep).sum() / gate_divisor(keep, max_rescale)
 
 
 def gate_divisor(keep: Tensor, max_rescale: float = 0.0) -> Tensor:
-    """What `gated_mean` divides the sum of the kept losses by: their number (scalar), or more."""
+    """What `gated_mean` divides the sum of the kept losses by: their number, or sum of weights (scalar), or more."""
     least = max(len(keep) / max_rescale, 1.0) if max_rescale > 0 else 1.0
     return keep.sum().clamp(min=least)
 
 
-def make_gate(config: AgcConfig, bank: LossBank, log_ratio: Tensor) -> Gate:
-    """The gate that `agc.mode` names.
+@dataclass(frozen=True)
+class Seen:
+    """What a gate may look at beside the losses of a batch of B from a shard of n.
 
-    log_ratio: float32 [n], each sample's mean log-ratio over the rounds so far (NaN: unknown), for mode 'sample'.
+    position: int64 [B], where the samples stand in the shard. bank: the usual loss at each timestep, before this
+    batch. log_ratio: float32 [n], each sample's mean log-ratio over the rounds so far (NaN: unknown).
     """
 
-    def off(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
-        return torch.ones_like(loss, dtype=torch.bool)
+    position: Tensor
+    bank: LossBank
+    log_ratio: Tensor
 
-    def agc(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
-        free = (t >= config.t_max) | (bank.visits[bank.cell(t)] < config.min_visits)
-        return keep_mask(loss, bank.value(t), config.mem_ratio) | free
 
-    known = log_ratio[~log_ratio.isnan()]
-    median = known.median() if len(known) else log_ratio.new_tensor(0.0)
-    keep_probability = torch.exp(config.sharpness * (log_ratio - median).clamp(max=0)).nan_to_num(1.0)
+def off(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
+    """Every sample trains."""
+    return torch.ones_like(loss, dtype=torch.bool)
 
-    def sample(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
-        return (torch.rand_like(loss) < keep_probability[position]) | (t >= config.t_max)
 
-    def random(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
-        return (torch.rand_like(loss) >= config.random_rate) | (t >= config.t_max)
+def agc(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
+    """The paper's: a sample whose loss is abnormally low for its timestep is skipped."""
+    free = (t >= config.t_max) | (seen.bank.visits[seen.bank.cell(t)] < config.min_visits)
+    return keep_mask(loss, seen.bank.value(t), config.mem_ratio) | free
 
-    return {"off": off, "agc": agc, "sample": sample, "random": random}[config.mode]
+
+class Sample:
+    """A sample is skipped by its own history: the more often, the lower its log-ratio lies below the median."""
+
+    def __init__(self) -> None:
+        self.keep_probability: Tensor | None = None
+
+    def __call__(self, loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
+        if self.keep_probability is None:
+            below = (seen.log_ratio - seen.log_ratio.nanmedian()).clamp(max=0)
+            self.keep_probability = torch.exp(config.sharpness * below).nan_to_num(1.0)
+        return (torch.rand_like(loss) < self.keep_probability[seen.position]) | (t >= config.t_max)
+
+
+def random(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
+    """The control: samples are skipped by chance, agc.random-rate of them."""
+    return (torch.rand_like(loss) >= config.random_rate) | (t >= config.t_max)
+
+
+def make_gate(config: AgcConfig, bank: LossBank, log_ratio: Tensor) -> Gate:
+    """The gate that `agc.mode` names, for one order; bank and log_ratio as in `Seen`.
+
+    Raises `ConfigError` as `ret_fl.loading.load`; so does the gate for weights of another shape or kind.
+    """
+    (plugin,) = load(GATES, config.mode, config.options)
+
+    def gate(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
+        weight = plugin.call(loss, t, Seen(position, bank, log_ratio), config)
+        if not isinstance(weight, Tensor) or weight.shape != loss.shape or weight.dtype not in WEIGHTS:
+            told = (tuple(weight.shape), weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ConfigError(
+                f"agc.mode={config.mode}: the gate must give one weight a sample, bool or float32 "
+                f"{tuple(loss.shape)}, not {told}"
+            )
+        return weight
+
+    return gate

@@ -10,11 +10,16 @@ would learn to draw them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ret_fl.config import ConfigError, TaaConfig
+from ret_fl.loading import load
+from ret_fl.plugins import AUGMENTERS
 
 GEOMETRIC = ("shift-x", "shift-y", "rotate", "shear-x", "shear-y")
 PHOTOMETRIC = ("brightness", "contrast", "colour", "sharpness")
@@ -32,7 +37,7 @@ def strength(ratio: Tensor, kappa: float) -> Tensor:
     return torch.exp(-kappa * (ratio - 1).clamp(min=0))
 
 
-class Augmenter:
+class RandAugment:
     """Random operations on a batch of images, each image with its own strength.
 
     policy 'glyph' moves shapes only (shift, rotate, shear: never a flip, which would turn characters into
@@ -96,6 +101,36 @@ def _recolour(images: Tensor, amounts: Tensor) -> Tensor:
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     x = blurred + (x - blurred) * (1 + sharpness)
     return (x.clamp(0, 1) * 2) - 1
+
+
+def glyph(images: Tensor, strength: Tensor, config: TaaConfig) -> Tensor:
+    """Random shifts, rotations and shears: nothing that turns one character into another."""
+    return RandAugment("glyph", config.ops, config.magnitude)(images, strength)
+
+
+def photo(images: Tensor, strength: Tensor, config: TaaConfig) -> Tensor:
+    """As glyph, and mirror images, brightness, contrast, colour and sharpness."""
+    return RandAugment("photo", config.ops, config.magnitude)(images, strength)
+
+
+def make_augmenter(config: TaaConfig, kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """(images, strength) -> changed images, by what `taa.policy` names; kind: what 'auto' means.
+
+    Raises `ConfigError` as `ret_fl.loading.load`; so does the augmenter for images of another shape or type.
+    """
+    (plugin,) = load(AUGMENTERS, kind if config.policy == "auto" else config.policy, config.options)
+
+    def augment(images: Tensor, strength: Tensor) -> Tensor:
+        changed = plugin.call(images, strength, config)
+        if not isinstance(changed, Tensor) or changed.shape != images.shape or changed.dtype != images.dtype:
+            told = (tuple(changed.shape), changed.dtype) if isinstance(changed, Tensor) else type(changed).__name__
+            raise ConfigError(
+                f"taa.policy={config.policy}: the augmenter must give images as it got them, {images.dtype} "
+                f"{tuple(images.shape)}, not {told}"
+            )
+        return changed
+
+    return augment
 
 
 class AugmentQueue:

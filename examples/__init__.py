@@ -1,0 +1,1 @@
+"""Plug-ins to start from: docs/extending.md shows each, and `python -m examples.policy` tries one out."""

@@ -1,0 +1,29 @@
+"""`ret-fl policies`: what can be named where own code may stand."""
+
+from __future__ import annotations
+
+from ret_fl.cli_options import wide_console
+
+
+def policies() -> None:
+    """All plug-ins: shard policies, gates, augmenters, redistribution policies and auditors, with their settings.
+
+    Built-in ones, and those of installed packages. Any that can be imported may be named as package.module:name, too.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ret_fl.loading import overview
+    from ret_fl.plugins import POINTS
+
+    console = wide_console()
+    for point in POINTS:
+        called = f"called with ({', '.join(point.parameters)}), {point.side}"
+        console.print(f"[bold]{point.setting}[/]  {escape(called)}, entry points {point.group}", highlight=False)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for heading in ("name", "from", "what"):
+            table.add_column(heading, overflow="fold", no_wrap=heading == "name")
+        for line in overview(point):
+            settings = "".join(f"\n{point.options}: {told}" for told in line.settings)
+            table.add_row(f"  {escape(line.name)}", escape(line.source), escape(line.about + settings))
+        console.print(table)
