@@ -114,16 +114,18 @@ class Round:
         self.images = 0
 
     def _change(self, strength: Tensor | None) -> Change | None:
-        """What happens to drawn images, if anything: mirrored by chance, augmented where a strength is given."""
-        flip = self.config.data.flip
-        if strength is None and not flip:
+        """What happens to drawn images, if anything: mirrored by chance, augmented where a strength is given, noise."""
+        flip, noise = self.config.data.flip, self.config.data.noise
+        if strength is None and not flip and not noise:
             return None
 
         def change(images: Tensor) -> Tensor:
             if flip:
                 chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
                 images = torch.where(chosen, images.flip(-1), images)
-            return images if strength is None else self.augment(images, strength)
+            if strength is not None:
+                images = self.augment(images, strength)
+            return images + noise * torch.randn_like(images) if noise else images
 
         return change
 
