@@ -119,10 +119,13 @@ def _path(store: SampleStore, config: DataConfig) -> Path:
 def _cached(path: Path, compute: Callable[[], Clusters]) -> Clusters:
     if path.is_file():
         return np.load(path, allow_pickle=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # before minutes of comparing
+    except OSError as error:
+        raise ConfigError(f"cannot create the cache {path.parent}: {error}; set data.cache-dir") from error
     found = compute()
     scratch = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as file:
             np.save(file, found)
         scratch.replace(path)
