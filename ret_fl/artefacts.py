@@ -92,6 +92,8 @@ def _summary(
     if measured and "held_out_loss" in measured[-1]:
         train, held = measured[-1]["train_loss"], measured[-1]["held_out_loss"]
         facts.append(("loss of the final model, train / held-out", f"{train:.4f} / {held:.4f}"))
+    if "canary_auc" in last:
+        facts.append(("canaries found by loss", f"AUC {last['canary_auc']:.2f} (.5 is guessing)"))
     if data.unreadable:
         facts.append(("unreadable images skipped", f"{len(data.unreadable)}: {', '.join(data.unreadable[:5])}"))
     lines += [f"| {name} | {value} |" for name, value in facts]

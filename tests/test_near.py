@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Federation
+from conftest import Federation, ret_fl
 from federations import Recorder
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,8 +24,10 @@ from ret_fl.data.near import joined_by_cosine, pixel_features
 from ret_fl.data.partition import partition
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
-from ret_fl.ledger import Moves
+from ret_fl.ledger import Moves, ShardLedger
+from ret_fl.recorder import canaries_found
 from ret_fl.redistribution import propose
+from ret_fl.rundir import RunDir
 
 Tiny = Callable[..., RunConfig]
 Federate = Callable[..., Federation]
@@ -313,3 +315,17 @@ def test_a_shard_of_dropped_samples_alone_is_refused_and_never_made_by_moves(tin
     asked_moves = [take_the_last], ledger, [], np.random.default_rng(0), config.redistribution
     assert len(propose(*asked_moves)) == 1
     assert len(propose(*asked_moves, visited)) == 0
+
+
+# --- finding canaries by their losses ---------------------------------------------------------------------------------
+
+
+def test_a_run_tells_how_well_losses_find_its_canaries(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    canaries = load_splits(run.read_config().data).canaries
+    rows = run.rows()
+    assert rows[-1]["canary_auc"] == canaries_found(ShardLedger.load(run.ledger), canaries)
+    assert all(0 <= row["canary_auc"] <= 1 for row in rows)
+    line = f"AUC {rows[-1]['canary_auc']:.2f}"
+    assert f"canaries found by loss: {line}" in ret_fl("show", run_dir).output
+    assert f"| canaries found by loss | {line} (.5 is guessing) |" in run.summary.read_text()
