@@ -43,6 +43,10 @@ of a small classifier of the data. *AUC*: membership inference by loss. *FD, sto
 any length at which it copies no more than this row; in brackets this row's FD over it: below 1, the row is better than
 training less.
 """
+FOUND = """\
+*found*: the AUC with which the mean log-ratio of a sample in training, by which quarantine chooses, tells copies of
+canaries from other samples; .5 is guessing.
+"""
 
 
 def write_pages(study: Study, file: Path, results: ResultsFile, runs: Path) -> Path:
@@ -55,6 +59,8 @@ def write_pages(study: Study, file: Path, results: ResultsFile, runs: Path) -> P
     if not rows:
         raise ValueError(f"no results in {results.path} yet: run the study first")
     lines = [f"# {study.title}", "", study.about.strip(), "", *_how(study, file), "", COLUMNS]
+    if any(row.canary_auc is not None for row in rows):
+        lines[-1] += FOUND
     if study.summary:
         lines += [*_overview(study, rows), ""]
     for dataset in study.datasets:
@@ -150,10 +156,11 @@ def _dataset(
 def _table(
     study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str], central: Sequence[Point]
 ) -> list[str]:
+    found = any(row.canary_auc is not None for row in rows)
     lines = [
         "| method | seeds | images | skipped | moved | MQ | CR | canaries | CR, moved | FD | precision | recall | AUC "
-        "| FD, stopped |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| FD, stopped |" + (" found |" if found else ""),
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|" + ("---|" if found else ""),
     ]
     for method in methods:
         whole = [p for p in curve(rows, dataset, method) if math.isclose(p.share, 1)]
@@ -175,6 +182,9 @@ def _table(
                 f"{point.mean(lambda r: r.auc):.2f}",
                 f"{stopped:.2f} ({point.fd / stopped:.2f}x)" if math.isfinite(stopped) else "",
             ]
+            if found:
+                auc = point.mean(lambda r: r.canary_auc)
+                cells.append(f"{auc:.2f}" if math.isfinite(auc) else "")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -33,6 +33,7 @@ class Row(BaseModel):
     """One model of a study, audited. Shares lie in [0, 1]; intervals of one row are those of its audit.
 
     share: the images seen over those of the study's whole training. settings: those off the file's defaults.
+    canary_auc: how well losses in training found the canaries (`canaries_found`); None where that was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -63,6 +64,7 @@ class Row(BaseModel):
     precision_real: float | None
     auc: float | None
     seconds: float
+    canary_auc: float | None = None
 
     @property
     def cell(self) -> tuple[str, str, int]:
@@ -102,6 +104,7 @@ def measured(audit: Audit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "precision_real": quality.real_precision,
         "auc": by_loss[0].auc.value if by_loss else None,
         "seconds": sum(row["seconds"] for row in rows),
+        "canary_auc": rows[-1].get("canary_auc"),
     }
 
 
@@ -165,7 +168,10 @@ def same_training(one: RunConfig, other: RunConfig) -> bool:
 def _at_work(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Settings without those that do nothing beside the others."""
     policy = str(settings["redistribution.policy"]).split("+")
+    seen = settings["data.duplicates"] != "keep" or settings["partition.clusters"] != "any"
     idle = {
+        "data.near-": not seen or settings["data.near-duplicates"] == "off",
+        "data.canary-": settings["data.canaries"] == 0,
         "agc.": settings["agc.mode"] == "off",
         "taa.": settings["taa.mode"] == "off",
         "quarantine.": "quarantine" not in policy,

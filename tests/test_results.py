@@ -113,6 +113,14 @@ def test_settings_that_do_nothing_do_not_tell_trainings_apart() -> None:
     assert same_training(plain, config(seed=3))
     for change in ({"agc.mode": "agc"}, {"redistribution.policy": "quarantine"}, {"optimizer.lr": 0.1}):
         assert not same_training(plain, config(**change))
+    near: dict[str, Scalar] = {"data.near-duplicates": "cosine", "data.duplicates": "keep"}
+    kept = config(**{"data.duplicates": "keep"})
+    assert same_training(kept, config(**near))  # nothing is done about what is found
+    assert same_training(config(**{"data.canary-jitter": 4.0}), plain)
+    for change in (near | {"partition.clusters": "spread"}, near | {"data.duplicates": "drop"}):
+        assert not same_training(kept, config(**change))
+    assert not same_training(plain, config(**{"data.near-duplicates": "cosine"}))
+    assert not same_training(config(**{"data.canaries": 2}), config(**{"data.canaries": 2, "data.canary-jitter": 4.0}))
     gated = config(**{"agc.mode": "agc"})
     assert not same_training(gated, config(**{"agc.mode": "agc", "agc.mem-ratio": 3.0}))
 
