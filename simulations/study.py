@@ -68,7 +68,8 @@ class Method(Part):
     """label: its name in tables. control: the name of a control (simulations/presets/controls) whose settings go on top
     of the study's and the dataset's. set: settings on top of all. points: shares of the whole training at which it is
     audited; first_seed_points: further ones, for the study's first seed only. datasets: fewer than the study's. seeds:
-    others than the study's, on all datasets or on those that a table names. skips_of: for agc.mode "random", the method whose share of skipped draws is taken over."""
+    others than the study's, on all datasets or on those that a table names. skips_of: for agc.mode "random", the
+    method whose share of skipped draws is taken over."""
 
     label: str
     control: str = ""

@@ -41,8 +41,8 @@ Clusters = NDArray[np.int64]
 def find_clusters(store: SampleStore, config: DataConfig, device: torch.device | str = "cpu") -> Clusters:
     """The cluster of each sample.
 
-    Exact copies are always in one cluster. 50,000 images of 32x32 take under a minute by hash or by pixels; the result
-    is kept in data.cache-dir. device: of the network that data.near-features names.
+    Exact copies are always in one cluster. 50,000 images of 32x32 take a minute or two by hash or by pixels; from
+    `KEPT` distinct ones on the result is kept in data.cache-dir. device: of the network that data.near-features names.
 
     Raises:
         ConfigError: imagehash or the network is missing, the network cannot take the images, or the cache cannot be
