@@ -72,9 +72,7 @@ def timed(count: int, rng: np.random.Generator) -> None:
             found = find_clusters(store, DataConfig.model_validate({"near_duplicates": how, "cache_dir": cache}))
         seconds, peak = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         clusters = len(np.unique(found))
-        print(
-            f"{how}: {count:,} images of 3x32x32 in {clusters:,} clusters: {seconds:.0f} s, {peak:.1f} GB at most so far"
-        )
+        print(f"{how}: {count:,} images in {clusters:,} clusters: {seconds:.0f} s, at most {peak:.1f} GB so far")
 
 
 def main() -> None:

@@ -66,6 +66,10 @@ def test_equal_alike_and_unreadable_images_are_found_and_named(folder: Path) -> 
     ):
         assert line in result.output
     assert "near-duplicates in" not in ret_fl("data", "check", folder, "--no-near").output
+    by_pixels = ["data", "check", folder, "--set", "data.near-duplicates=cosine", "--set"]
+    loose = ret_fl(*by_pixels, "data.near-threshold=.9").output
+    assert "2 near-duplicates in 1 groups" in loose and "alike: a/jpeg.jpg, b/05.png" in loose
+    assert "near-duplicates" not in ret_fl(*by_pixels, "data.near-threshold=.9999").output
 
 
 def test_modes_and_sizes_are_counted_as_they_came(folder: Path) -> None:
