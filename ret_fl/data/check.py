@@ -100,8 +100,10 @@ def check_data(config: DataConfig, near: int | None = NEAR_BITS) -> DataCheck:
 
 def _how_near(config: DataConfig, bits: int | None) -> DataConfig | None:
     """Settings by which near-duplicates are looked for; None: not at all."""
-    if bits is None or config.near_duplicates != "off":
-        return None if bits is None else config
+    if bits is None:
+        return None
+    if config.near_duplicates != "off":
+        return config
     # below 1 is for hashes that are equal: 0 would be the default
     return config.model_copy(update={"near_duplicates": "phash", "near_threshold": bits or 0.5})
 
