@@ -162,10 +162,9 @@ def _signer(config: RunConfig, data: DataSplits) -> Signer | None:
 def _clusters(config: RunConfig, data: DataSplits) -> Clusters | None:
     """Which samples are copies of one another, told to the log; None where nothing is done about them."""
     handling = config.data.duplicates
-    if handling == "keep":
-        told = find_clusters(data.train, config.data.model_copy(update={"near_duplicates": "off"}))
-    else:
-        told = find_clusters(data.train, config.data, resolve_device(config.device))
+    used = handling != "keep" or config.partition.clusters != "any"
+    looked_for = config.data if used else config.data.model_copy(update={"near_duplicates": "off"})
+    told = find_clusters(data.train, looked_for, resolve_device(config.device))
     if found := describe_clusters(told):
         what = {"weight": "each is visited 1/copies as often", "drop": "only the first of each is visited"}
         log(WARNING, "duplicates: %s; %s (data.duplicates)", found, what.get(handling, "all are trained on"))
