@@ -113,6 +113,8 @@ def _summary(
     if "epsilon" in last:
         facts.append(("differential privacy of a shard", f"epsilon {last['epsilon']:.4g} at delta {last['delta']:g}"))
     facts += [("plug-in", told) for told in foreign_plugins(config)]
+    if "canary_auc" in last:
+        facts.append(("canaries found by loss", f"AUC {last['canary_auc']:.2f} (.5 is guessing)"))
     if data.unreadable:
         facts.append(("unreadable images skipped", f"{len(data.unreadable)}: {', '.join(data.unreadable[:5])}"))
     lines += [f"| {name} | {value} |" for name, value in facts]

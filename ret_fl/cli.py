@@ -164,7 +164,7 @@ def config(
 
 @app.command()
 def presets(app_folder: AppOption = Path()) -> None:
-    """The presets of simulations/presets: what each is, the command, the data it wants, what it costs.
+    """The presets of simulations/presets: what each is, the command, the data it wants, what it costs; controls last.
 
     Sizes are counted and computed by `python -m benchmarks.recipes`, which on a GPU measures a step, too, and for
     text-to-image by `python -m benchmarks.text_to_image`.

@@ -29,7 +29,8 @@ def check(
     preset: PresetOption = None,
     changes: SetOption = None,
     near: Annotated[
-        bool, typer.Option("--near/--no-near", help="Look for near-duplicates by perceptual hash (pHash).")
+        bool,
+        typer.Option("--near/--no-near", help="Look for near-duplicates, by pHash unless data.near-duplicates is set."),
     ] = True,
     bits: Annotated[
         int, typer.Option(min=0, max=31, help="Bits of 64 in which the hashes of near-duplicates differ at most.")
@@ -51,6 +52,8 @@ def check(
         ret-fl data check photos --set data.image-size=64
 
         ret-fl data check --preset simulations/presets/cifar10.toml
+
+        ret-fl data check digits --set data.near-duplicates=cosine --set data.near-threshold=.98
     """
     from ret_fl.config import ConfigError
     from ret_fl.data.check import check_data

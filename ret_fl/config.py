@@ -165,6 +165,7 @@ class RunConfig(Section):
                 f"data.held-out-path is set but data.source={self.data.source} reads none: set data.source="
                 "image-folder or hf (cifar holds its test batches out)"
             )
+        self._near_duplicates_fit()
         if bool(self.service.certificate) != bool(self.service.key):
             raise ValueError("service.certificate and service.key belong together: set both or none")
         if self.service.insecure and (self.service.ca or self.service.key):
@@ -240,6 +241,20 @@ class RunConfig(Section):
     def averages(self) -> bool:
         """Whether proxies are ever averaged; if not, the run ends with K models."""
         return self.aggregate_every > 0
+
+    def _near_duplicates_fit(self) -> None:
+        how, threshold = self.data.near_duplicates, self.data.near_threshold
+        most = {"off": 0, "phash": 31, "cosine": 1}[how]
+        if threshold > most:
+            allowed = "set data.near-duplicates, which it is the threshold of" if how == "off" else f"at most {most}"
+            raise ValueError(f"data.near-threshold={threshold:g} with data.near-duplicates={how}: {allowed}")
+        if self.data.near_features and how != "cosine":
+            raise ValueError(f"data.near-features is read by data.near-duplicates=cosine only (got {how})")
+        if self.partition.clusters != "any" and self.partition.scheme not in ("iid", "shuffled"):
+            raise ValueError(
+                f"partition.clusters={self.partition.clusters} holds for the schemes 'iid' and 'shuffled' only: set it "
+                f"to 'any' for {self.partition.scheme!r}"
+            )
 
     def visits(self, samples: int) -> int:
         """Images a proxy trains on in one round, on a shard of so many samples."""

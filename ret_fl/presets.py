@@ -18,6 +18,8 @@ from pathlib import Path
 from ret_fl.config import ConfigError
 
 FOLDER = Path("simulations/presets")
+CONTROLS = "controls"
+"""Sub-folder of the controls: what a method is to be compared with. Studies name them, too."""
 FIELDS = ("Data", "Size")
 
 
@@ -33,7 +35,8 @@ class Preset:
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        """As `ret-fl presets` lists it: cifar10, controls/central."""
+        return f"{CONTROLS}/{self.path.stem}" if self.path.parent.name == CONTROLS else self.path.stem
 
     @classmethod
     def read(cls, path: Path) -> Preset:
@@ -67,5 +70,6 @@ def _first_comment(path: Path) -> Iterator[str]:
 
 
 def all_presets(app: Path) -> list[Preset]:
-    """The presets of an app folder, by name. Raises `ConfigError` as `Preset.read`."""
-    return [Preset.read(path) for path in sorted((app / FOLDER).glob("*.toml"), key=lambda p: p.stem)]
+    """The presets of an app folder by name, controls last. Raises `ConfigError` as `Preset.read`."""
+    folders = (app / FOLDER, app / FOLDER / CONTROLS)
+    return [Preset.read(path) for folder in folders for path in sorted(folder.glob("*.toml"), key=lambda p: p.stem)]

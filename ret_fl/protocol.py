@@ -68,7 +68,7 @@ def _get(record: RecordDict, key: str) -> ArrayRecord:
 class TrainOrder:
     """What a client needs to train one shard for one round; it needs nothing from earlier rounds.
 
-    ids: int64 [n], samples of the shard; probability: float32 [n] in (0, 1], of visiting each in a pass;
+    ids: int64 [n], samples of the shard; probability: float32 [n] in [0, 1], of visiting each in a pass;
     strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio: float32 [n], NaN unknown;
     bank_values: float32 [T or bins] and bank_visits: int64, the shard's loss bank.
     proxy_round: the round whose local proxy (weights, moments) the client should go on from, 0 for none.

@@ -113,10 +113,23 @@ class Round:
         self.queue = taa.AugmentQueue(self.config.batch_size)
         self.images = 0
 
+    def _change(self, strength: Tensor | None) -> Change | None:
+        """What happens to drawn images, if anything: augmented where a strength is given, and noise."""
+        noise = self.config.data.noise
+        if strength is None and not noise:
+            return None
+
+        def change(images: Tensor) -> Tensor:
+            if strength is not None:
+                images = self.augment(images, strength)
+            return images + noise * torch.randn_like(images) if noise else images
+
+        return change
+
     def _draw(self, position: Tensor, strength: Tensor | None) -> Draw:
         """Samples (int64 [B] positions) at fresh noise, their images augmented where a strength is given."""
         objective = self.trainer.objective
-        change: Change | None = None if strength is None else lambda images: self.augment(images, strength)
+        change = self._change(strength)
         mirrored = None
         if self.config.data.flip:
             mirrored = torch.rand(len(position), device=self.trainer.device) < 0.5

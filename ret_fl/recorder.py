@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from flwr.app import ArrayRecord, MetricRecord
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from ret_fl.aggregation import base_state
+from ret_fl.audit.leakage import auc_of_lower
 from ret_fl.checkpoint import Checkpoint, save_checkpoint
 from ret_fl.config import RunConfig
 from ret_fl.data.sources import DataSplits
@@ -29,6 +31,7 @@ from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
 from ret_fl.files import write_atomically
 from ret_fl.history import forget_phases_after, phase_of, save_phase
+from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, unpack_state
 from ret_fl.privacy import PrivacyLog, Release, wrapper_of
 from ret_fl.rounds import proxy_weights
@@ -43,6 +46,19 @@ EVALUATED = 512
 def ema_state(weights: State) -> dict[str, torch.Tensor]:
     """The averaged weights, which are the model a run hands over."""
     return part_of(weights, "ema.")
+
+
+def canaries_found(ledger: ShardLedger, canaries: NDArray[np.int64]) -> float | None:
+    """How well the mean log-ratio, by which quarantine chooses, finds the canaries: an AUC in [0, 1], .5 is guessing.
+
+    The share of pairs of a sample that holds a canary (canaries: int64 [n, repeats], IDs) and one that holds none in
+    which the canary's is lower, ties counting half; samples without a loss on record are left out. None if one kind
+    has none.
+    """
+    ratio, known = ledger.log_loss_ratio(), ledger.draws > 0
+    is_canary = np.isin(np.arange(len(ledger)), canaries)
+    inside, outside = (np.sort(ratio[part & known]) for part in (is_canary, ~is_canary))
+    return auc_of_lower(inside, outside) if len(inside) and len(outside) else None
 
 
 class RunRecorder:
@@ -71,7 +87,7 @@ class RunRecorder:
             return None
         last = self.strategy.last
         assert last is not None, "aggregate_train comes before evaluate_fn"
-        row = last.row() | self._privacy_spent()
+        row = last.row() | self._privacy_spent() | self._canaries()
         if (last.aggregated or not self.config.averages) and self._evaluates(last.round):
             row |= self._losses(weights)
             self.evaluated = last.round
@@ -109,6 +125,12 @@ class RunRecorder:
         """Every n rounds, or at the first average after that; and at the end."""
         every = self.config.evaluate_every
         return bool(every) and (round - round % every > self.evaluated or round == self.config.num_server_rounds)
+
+    def _canaries(self) -> dict[str, object]:
+        """How well losses tell the samples that stand there on purpose, if there are any."""
+        canaries = self.data.canaries
+        found = canaries_found(self.strategy.ledger, canaries) if canaries.shape[1] > 1 else None
+        return {} if found is None else {"canary_auc": found}
 
     @cached_property
     def _measured(self) -> tuple[ModelMixin, Objective]:

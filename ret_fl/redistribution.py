@@ -175,12 +175,13 @@ def propose(
     reports: Sequence[TrainReport],
     rng: np.random.Generator,
     config: RedistributionConfig,
+    visited: NDArray[np.bool_] | None = None,
 ) -> Moves:
     """Moves of several policies in turn; a sample claimed by an earlier one stays claimed.
 
     Together they could take the last sample of a small shard; such a shard then gives nothing. Under
     `redistribution.control` chance takes the place of the policies' choice. Raises `LedgerError` for moves that the
-    ledger cannot take.
+    ledger cannot take. visited: bool [N], false for dropped duplicates, which a shard cannot live on; None: all are.
     """
     parts: list[Moves] = []
     for policy in policies:
@@ -193,7 +194,7 @@ def propose(
     while True:
         after = ledger.shard.copy()
         after[moves.ids] = moves.target
-        emptied = ~np.isin(moves.source, after)
+        emptied = ~np.isin(moves.source, after if visited is None else after[visited])
         if not emptied.any():
             return moves
         moves = moves.without(moves.ids[emptied])

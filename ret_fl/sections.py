@@ -63,17 +63,43 @@ class DataConfig(Section):
     )
     canaries: int = Field(0, ge=0, description="Training images repeated on purpose, to see whether they are copied.")
     canary_repeats: int = Field(10, ge=1, description="How often each canary stands in the training set.")
+    canary_jitter: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation, in grey levels of 8 bits, of noise on each repeat of a canary: then they are "
+        "near-duplicates, which no content hash finds; 0: exact copies.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the split into train, held-out and reference, and of the canaries.")
     on_corrupt: Literal["skip", "refuse"] = Field(
         "skip", description="An unreadable image is skipped and counted, or stops the run."
     )
-    duplicates: Literal["weight", "keep"] = Field(
+    duplicates: Literal["weight", "keep", "drop"] = Field(
         "weight",
-        description="Exact duplicates: 'weight' visits each 1/copies as often, whatever shards they are in; 'keep' "
-        "trains on all.",
+        description="Duplicates, exact ones and those data.near-duplicates finds: 'weight' visits each 1/copies as "
+        "often, whatever shards they are in; 'drop' visits the first of each cluster only; 'keep' trains on all.",
+    )
+    near_duplicates: Literal["off", "phash", "cosine"] = Field(
+        "off",
+        description="Also count images that are alike as duplicates (docs/duplicates.md): by perceptual hash (needs "
+        "imagehash; for photographs) or by the cosine of features (of pixels, or of data.near-features).",
+    )
+    near_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="phash: bits of 64 that may differ (below 1: none); cosine: the least cosine. 0: 4 bits, .98.",
+    )
+    near_features: str = Field(
+        "",
+        description="For cosine: an image model as `ret-fl audit --features` takes it (a transformers folder, a "
+        "TorchScript file, 'inception'), on the server; empty: the pixels, at most 16x16 of them.",
     )
     flip: bool = Field(
         False, description="Mirror every drawn training image left to right with probability 1/2 (the paper's CIFAR)."
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="Standard deviation of Gaussian noise put on every drawn training image, which lies in [-1, 1].",
     )
     split: str = Field("train", description="Which split of an hf dataset to read.")
     held_out_split: str = Field("test", description="Which split data.held-out-path is read from.")
@@ -130,6 +156,11 @@ class PartitionConfig(Section):
     )
     path: str = Field("", description="For 'file': a .npy or .json list with one shard number a sample.")
     options: str = Field("", description="Settings of a plug-in in partition.scheme, as in 'near = true, top = 3'.")
+    clusters: Literal["any", "gather", "spread"] = Field(
+        "any",
+        description="How 'iid' and 'shuffled' deal duplicates (exact ones and those data.near-duplicates finds). "
+        "'gather': all of a cluster to one shard; 'spread': as evenly over all shards as they go.",
+    )
 
 
 class ModelConfig(Section):

@@ -46,15 +46,16 @@ def parse_change(text: str) -> tuple[str, Scalar]:
 EXTENDS = "extends"
 
 
-def read_preset(path: Path) -> dict[str, Scalar]:
+def read_preset(path: Path, within: Path | None = None) -> dict[str, Scalar]:
     """Settings of a TOML file, dotted (`agc.mode = "off"`) or in sections (`[agc]`).
 
-    `extends = "other.toml"` starts from the settings of that file, beside this one.
+    `extends = "other.toml"` starts from the settings of that file, beside this one. within: only of files that lie in
+    this folder; what one of them extends outside of it is left out.
     """
-    return _read_preset(path, ())
+    return _read_preset(path, (), within)
 
 
-def _read_preset(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Scalar]:
+def _read_preset(path: Path, extended_by: tuple[Path, ...], within: Path | None) -> dict[str, Scalar]:
     if path.resolve() in extended_by:
         raise ConfigError(f"--preset {path}: it extends itself")
     try:
@@ -65,7 +66,12 @@ def _read_preset(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Scalar]
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--preset {path}: {error}") from None
     base = own.pop(EXTENDS, None)
-    return own if base is None else _read_preset(path.parent / str(base), (*extended_by, path.resolve())) | own
+    if base is None:
+        return own
+    extended = path.parent / str(base)
+    if within is not None and extended.resolve().parent != within.resolve():
+        return own
+    return _read_preset(extended, (*extended_by, path.resolve()), within) | own
 
 
 def from_options(preset: Path | None, changes: Sequence[str] | None) -> dict[str, Scalar]:

@@ -43,6 +43,8 @@ def show_run(path: Path) -> None:
         console.print(describe_row(row, config.num_server_rounds), soft_wrap=True)
     console.print(_shards(ledger))
     console.print(_tails(ledger))
+    if "canary_auc" in rows[-1]:
+        console.print(f"canaries found by loss: AUC {rows[-1]['canary_auc']:.2f} (.5 is guessing)")
     console.print(f"where a sample is and how it fared: ret-fl show {path} --sample ID")
 
 

@@ -56,11 +56,16 @@ class _ShardGrid:
         return list(range(1, self.shards + 1))
 
 
-def _copies(content: NDArray[np.uint64] | None, samples: int) -> NDArray[np.float32]:
-    """How often each sample's image stands in the training set: float32 [N]; 1 where copies are not looked for."""
-    if content is None:
+def _copies(clusters: NDArray[np.int64] | None, samples: int, drop: bool) -> NDArray[np.float32]:
+    """By what each sample's visits are divided: float32 [N], the size of its cluster; 1 where none are looked for.
+
+    drop: the first sample of a cluster stands for it, the others are visited never (infinity).
+    """
+    if clusters is None:
         return np.ones(samples, np.float32)
-    _, inverse, counts = np.unique(content, return_inverse=True, return_counts=True)
+    _, first, inverse, counts = np.unique(clusters, return_index=True, return_inverse=True, return_counts=True)
+    if drop:
+        return np.where(first[inverse] == np.arange(samples), 1, np.inf).astype(np.float32)
     return counts[inverse].astype(np.float32)
 
 
@@ -109,9 +114,9 @@ class RedistributeEnsemble(Strategy):
         All settings; orders carry them to the clients.
     fingerprint : str
         Of the training data; clients with another one are refused.
-    content : uint64 [N], optional
-        Content hash of each sample. With `data.duplicates = weight`, exact copies are visited 1/copies as often each,
-        whatever shards they are in.
+    clusters : int64 [N], optional
+        Equal for samples that are copies of one another (`find_clusters`). With `data.duplicates = weight` each is
+        visited 1/copies as often, whatever shards they are in; with `drop` only the first of each cluster is.
     run_key : str
         Names the clients' local state; a resumed run must give the same.
     base : Strategy, optional
@@ -136,7 +141,7 @@ class RedistributeEnsemble(Strategy):
         *,
         fingerprint: str,
         run_key: str,
-        content: NDArray[np.uint64] | None = None,
+        clusters: NDArray[np.int64] | None = None,
         base: Strategy | None = None,
         roster: Roster | None = None,
         first_round: int = 0,
@@ -147,7 +152,8 @@ class RedistributeEnsemble(Strategy):
         self.ledger = ledger
         self.config = config
         self.fingerprint = fingerprint
-        self.copies = _copies(content if config.data.duplicates == "weight" else None, len(ledger))
+        handling = config.data.duplicates
+        self.copies = _copies(clusters if handling != "keep" else None, len(ledger), handling == "drop")
         self.run_key = run_key
         self.signer, self.frozen = signer, frozen
         if base is not None and type(base) is not FedAvg and not config.averages:
@@ -383,7 +389,8 @@ class RedistributeEnsemble(Strategy):
         rng = np.random.default_rng(round_seed(self.config.seed, round, self.ledger.num_shards, 1))
         moves = Moves.none()
         if is_due(self.config, round):
-            moves = propose(self.policies, self.ledger, reports, rng, self.config.redistribution)
+            visited = np.isfinite(self.copies)
+            moves = propose(self.policies, self.ledger, reports, rng, self.config.redistribution, visited)
             self.ledger.apply(moves)
         if self.quarantine and round % self.config.quarantine.every == 0:
             inside = quarantined(self.ledger, self.config.quarantine)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -17,6 +16,7 @@ from ret_fl.aggregation import make_base, restore_base
 from ret_fl.artefacts import finish
 from ret_fl.checkpoint import Checkpoint, any_checkpoint, load_latest
 from ret_fl.config import ConfigError, RunConfig
+from ret_fl.data.clusters import Clusters, describe_clusters, find_clusters
 from ret_fl.data.partition import BY_SPEED
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import limit_threads, resolve_device
@@ -73,7 +73,6 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     if checkpoint:
         _refuse_other_data(checkpoint, data)
         _refuse_other_model(checkpoint, config)
-    _warn_of_duplicates(config, data)
     _warn_of_mixing(config)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
     roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
@@ -118,7 +117,7 @@ def fresh_strategy(
         ShardLedger.start(deal(dealt, data), config.shards),
         config,
         fingerprint=train.fingerprint,
-        content=train.content_hashes,
+        clusters=_clusters(config, data),
         run_key=uuid.uuid4().hex,
         base=base,
         roster=roster,
@@ -158,7 +157,7 @@ def _resumed(
         checkpoint.ledger,
         config,
         fingerprint=checkpoint.fingerprint,
-        content=data.train.content_hashes,
+        clusters=_clusters(config, data),
         run_key=checkpoint.run_key,
         base=base,
         roster=roster,
@@ -187,14 +186,6 @@ def _signer(config: RunConfig, data: DataSplits) -> Signer | None:
     return Signer(Path(key), config.round_timeout, known, hash_samples(data.train, known))
 
 
-def _warn_of_duplicates(config: RunConfig, data: DataSplits) -> None:
-    """Count exact copies: they are what a model memorizes first."""
-    copies = len(data.train) - len(np.unique(data.train.content_hashes))
-    if copies:
-        what = "each is visited 1/copies as often" if config.data.duplicates == "weight" else "all are trained on"
-        log(WARNING, "%d exact duplicates: %s (data.duplicates)", copies, what)
-
-
 def _warn_of_mixing(config: RunConfig) -> None:
     """Proxies that are kept apart are often meant to be forgotten apart."""
     if not config.averages and config.redistribution.policy != "none":
@@ -204,3 +195,15 @@ def _warn_of_mixing(config: RunConfig) -> None:
             "it to none if a sample must only ever touch its own proxy (docs/method.md)",
             config.redistribution.policy,
         )
+
+
+def _clusters(config: RunConfig, data: DataSplits) -> Clusters | None:
+    """Which samples are copies of one another, told to the log; None where nothing is done about them."""
+    handling = config.data.duplicates
+    used = handling != "keep" or config.partition.clusters != "any"
+    looked_for = config.data if used else config.data.model_copy(update={"near_duplicates": "off"})
+    told = find_clusters(data.train, looked_for, resolve_device(config.device))
+    if found := describe_clusters(told):
+        what = {"weight": "each is visited 1/copies as often", "drop": "only the first of each is visited"}
+        log(WARNING, "duplicates: %s; %s (data.duplicates)", found, what.get(handling, "all are trained on"))
+    return None if handling == "keep" else told

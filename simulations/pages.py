@@ -44,6 +44,10 @@ any length at which it copies no more than this row; in brackets this row's FD o
 training less. *similarity*, where it was measured: the memorization score of work on Stable Diffusion, the 95th
 percentile over samples of the cosine to the most similar training image, here in whitened pixels (docs/audit.md).
 """
+FOUND = """\
+*found*: the AUC with which the mean log-ratio of a sample in training, by which quarantine chooses, tells copies of
+canaries from other samples; .5 is guessing.
+"""
 
 
 def write_pages(study: Study, file: Path, results: ResultsFile, runs: Path) -> Path:
@@ -56,6 +60,8 @@ def write_pages(study: Study, file: Path, results: ResultsFile, runs: Path) -> P
     if not rows:
         raise ValueError(f"no results in {results.path} yet: run the study first")
     lines = [f"# {study.title}", "", study.about.strip(), "", *_how(study, file), "", COLUMNS]
+    if any(row.canary_auc is not None for row in rows):
+        lines[-1] += FOUND
     if study.summary:
         lines += [*_overview(study, rows), ""]
     for dataset in study.datasets:
@@ -153,11 +159,13 @@ def _dataset(
 def _table(
     study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str], central: Sequence[Point]
 ) -> list[str]:
-    alike = any(r.similarity is not None for r in rows)
+    alike = any(row.similarity is not None for row in rows)
+    found = any(row.canary_auc is not None for row in rows)
+    more = [name for name, wanted in (("similarity", alike), ("found", found)) if wanted]
     lines = [
         "| method | seeds | images | skipped | moved | MQ | CR | canaries | CR, moved | FD | precision | recall | AUC "
-        "| FD, stopped |" + (" similarity |" if alike else ""),
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|" + ("---|" if alike else ""),
+        "| FD, stopped |" + "".join(f" {name} |" for name in more),
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|" + "---|" * len(more),
     ]
     for method in methods:
         whole = [p for p in curve(rows, dataset, method) if math.isclose(p.share, 1)]
@@ -182,6 +190,9 @@ def _table(
             if alike:
                 known = math.isfinite(point.mean(lambda r: r.similarity))
                 cells.append(_with_range(point, "similarity", ".3f") if known else "")
+            if found:
+                auc = point.mean(lambda r: r.canary_auc)
+                cells.append(f"{auc:.2f}" if math.isfinite(auc) else "")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

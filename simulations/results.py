@@ -35,6 +35,7 @@ class Row(BaseModel):
 
     share: the images seen over those of the study's whole training. settings: those off the file's defaults.
     similarity: the 95th percentile in whitened pixels, None in rows made before it was measured.
+    canary_auc: how well losses in training found the canaries (`canaries_found`); None where that was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -67,6 +68,7 @@ class Row(BaseModel):
     similarity: float | None = None
     similarity_floor: float | None = None
     seconds: float
+    canary_auc: float | None = None
 
     @property
     def cell(self) -> tuple[str, str, int]:
@@ -109,6 +111,7 @@ def measured(audit: Audit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "similarity": alike.percentile_95 if alike else None,
         "similarity_floor": alike.floor_percentile_95 if alike else None,
         "seconds": sum(row["seconds"] for row in rows),
+        "canary_auc": rows[-1].get("canary_auc"),
     }
 
 
@@ -172,7 +175,10 @@ def same_training(one: RunConfig, other: RunConfig) -> bool:
 def _at_work(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Settings without those that do nothing beside the others."""
     policy = str(settings["redistribution.policy"]).split("+")
+    seen = settings["data.duplicates"] != "keep" or settings["partition.clusters"] != "any"
     idle = {
+        "data.near-": not seen or settings["data.near-duplicates"] == "off",
+        "data.canary-": settings["data.canaries"] == 0,
         "agc.": settings["agc.mode"] == "off",
         "taa.": settings["taa.mode"] == "off",
         "quarantine.": "quarantine" not in policy,

@@ -2,11 +2,11 @@
 
     python -m simulations.study simulations/studies/small.toml          # also: ret-fl study FILE.toml
 
-A study file names settings common to all runs, datasets, and methods as settings on top. Every cell (dataset, method,
-seed) trains on the inline engine in a process of its own with one thread; at each of the method's points, given as
-shares of the whole training, the model is audited with the sampling noise of its seed. Done cells are in the results
-file, and are not run again; a cell that was broken off goes on after its last round. Under a learning-rate schedule,
-which knows its end, every point is a training of its own.
+A study file names settings common to all runs, datasets, and methods as settings on top, those of a control by its
+name. Every cell (dataset, method, seed) trains on the inline engine in a process of its own with one thread; at each
+of the method's points, given as shares of the whole training, the model is audited with the sampling noise of its seed.
+Done cells are in the results file, and are not run again; a cell that was broken off goes on after its last round.
+Under a learning-rate schedule, which knows its end, every point is a training of its own.
 
 A table `[pretraining]` makes it a study of fine-tuning: a model is trained by these settings on each dataset first, and
 all methods and seeds start from it.
@@ -24,6 +24,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +34,31 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.rundir import RunDir
-from ret_fl.settings import flatten
+from ret_fl.settings import flatten, read_preset
 from simulations.results import LOCAL, ResultsFile, Row, measured, same_training
 
 POLL_SECONDS = 2.0
 ROW = "row.jsonl"
+
+
+CONTROLS = Path(__file__).parent / "presets" / "controls"
+NOT_A_CONTROLS = ("name", "num-server-rounds")
+"""Settings of a control's preset that a study has of its own. How far a method trains its points say."""
+
+
+@cache
+def control_settings(name: str) -> Mapping[str, Scalar]:
+    """What a control sets; not what the benchmark sets that its preset runs on. Of '' nothing.
+
+    Raises `ConfigError` for one that there is not.
+    """
+    if not name:
+        return {}
+    path = CONTROLS / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in CONTROLS.glob("*.toml")))
+        raise ConfigError(f"no control {name!r}; there are {known}")
+    return {k: v for k, v in read_preset(path, within=CONTROLS).items() if k not in NOT_A_CONTROLS}
 
 
 class Part(BaseModel):
@@ -49,17 +70,25 @@ class Part(BaseModel):
 
 
 class Method(Part):
-    """label: its name in tables. set: settings on top of the study's and the dataset's. points: shares of the whole
-    training at which it is audited; first_seed_points: further ones, for the study's first seed only. datasets, seeds:
-    fewer than the study's. skips_of: for agc.mode "random", the method whose share of skipped draws is taken over."""
+    """label: its name in tables. control: the name of a control (simulations/presets/controls) whose settings go on top
+    of the study's and the dataset's. set: settings on top of all. points: shares of the whole training at which it is
+    audited; first_seed_points: further ones, for the study's first seed only. datasets: fewer than the study's. seeds:
+    others than the study's, on all datasets or on those that a table names. skips_of: for agc.mode "random", the
+    method whose share of skipped draws is taken over."""
 
     label: str
+    control: str = ""
     set: dict[str, Any] = {}
     points: list[Annotated[float, Field(gt=0)]] = Field([1.0], min_length=1)
     first_seed_points: list[Annotated[float, Field(gt=0)]] = []
     datasets: list[str] = []
-    seeds: list[int] = []
+    seeds: list[int] | dict[str, list[int]] = []
     skips_of: str = ""
+
+    def seeds_on(self, dataset: str, otherwise: list[int]) -> list[int]:
+        """The seeds on a dataset; those of the study where there are no others."""
+        own = self.seeds.get(dataset, []) if isinstance(self.seeds, dict) else self.seeds
+        return own or otherwise
 
 
 class Study(Part):
@@ -94,9 +123,11 @@ class Study(Part):
 
     def _check(self, path: Path) -> None:
         for name, method in self.methods.items():
-            for dataset in method.datasets:
-                if dataset not in self.datasets:
-                    raise ConfigError(f"{path}: methods.{name}.datasets: no dataset {dataset!r} in this study")
+            by_dataset = list(method.seeds) if isinstance(method.seeds, dict) else []
+            for key, named in (("datasets", method.datasets), ("seeds", by_dataset)):
+                for dataset in named:
+                    if dataset not in self.datasets:
+                        raise ConfigError(f"{path}: methods.{name}.{key}: no dataset {dataset!r} in this study")
             if method.skips_of and method.skips_of not in self.methods:
                 raise ConfigError(f"{path}: methods.{name}.skips-of: no method {method.skips_of!r} in this study")
         for cell in self.cells():
@@ -109,11 +140,15 @@ class Study(Part):
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, the first seed of all methods first, so that a broken-off study has a whole table early."""
-        for seed in sorted({s for m in self.methods.values() for s in (m.seeds or self.seeds)}):
-            for dataset in self.datasets:
-                for name, method in self.methods.items():
-                    if seed in (method.seeds or self.seeds) and dataset in (method.datasets or self.datasets):
-                        yield Cell(self, dataset, name, seed)
+        every = [
+            (seed, dataset, name)
+            for dataset in self.datasets
+            for name, method in self.methods.items()
+            if dataset in (method.datasets or self.datasets)
+            for seed in method.seeds_on(dataset, self.seeds)
+        ]
+        for seed, dataset, name in sorted(every, key=lambda cell: cell[0]):
+            yield Cell(self, dataset, name, seed)
 
 
 @dataclass(frozen=True)
@@ -143,8 +178,9 @@ class Cell:
 
         `model.init-from` of fine-tuning is a name that says what was pretrained; `Pretraining.path` knows where.
         """
-        study = self.study
-        flat = flatten(study.settings) | flatten(study.datasets[self.dataset]) | flatten(study.methods[self.method].set)
+        study, method = self.study, self.study.methods[self.method]
+        flat = flatten(study.settings) | flatten(study.datasets[self.dataset])
+        flat |= dict(control_settings(method.control)) | flatten(method.set)
         own: dict[str, Scalar] = {"name": self.name, "seed": self.seed, "threads": 1}
         if study.pretraining:
             own["model.init-from"] = Pretraining(study, self.dataset).name

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from clients.app import app as client_app
 from ret_fl.cli import app
 from ret_fl.config import RunConfig, Scalar
+from ret_fl.data.clusters import find_clusters
 from ret_fl.data.sources import deal, load_splits
 from ret_fl.data.store import SampleStore
 from ret_fl.diffusion.proxymodel import ProxyModel, open_model, trained_parameters
@@ -184,7 +185,7 @@ def make_federation(
         ShardLedger.start(deal(config, data), config.shards),
         config,
         fingerprint=train.fingerprint,
-        content=train.content_hashes,
+        clusters=find_clusters(train, config.data),
         run_key="test",
         base=base,
         frozen=opened_model(config).frozen,

@@ -132,6 +132,15 @@ def test_canaries_weigh_no_more_among_members_than_in_the_data(run_dir: Path) ->
     assert len(leakage.exposure.exposures) == 2
 
 
+def test_of_canaries_whose_repeats_differ_only_the_original_is_a_member() -> None:
+    splits = load_splits(DataConfig(limit=24, canaries=2, canary_repeats=6, canary_jitter=10))
+    unet = build_unet(ModelConfig(preset="tiny"), splits.train.image_shape, 10, 0)
+    data = AuditData("digits", splits.train, splits.reference, splits.held_out, splits.canaries)
+    leakage, _ = attack((unet, make_scheduler(EPSILON), 1), data, Background(), Options(members=34), silent)
+    assert [a.members for a in leakage.membership] == [24, 24]
+    assert leakage.exposure is not None and len(leakage.exposure.exposures) == 2
+
+
 def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
     data = load_splits(DataConfig(limit=40, canaries=1, canary_repeats=5)).train
     assert len(data) == 44

@@ -101,7 +101,7 @@ def test_a_change_goes_on_top_of_the_preset(tmp_path: Path) -> None:
     assert all(line in printed for line in ("seed = 3\n", 'agc.mode = "off"\n', "agc.t-max = 8\n"))
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "simulations" / "presets").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("preset", sorted((ROOT / "simulations" / "presets").rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_preset_that_comes_along_is_valid(preset: Path) -> None:
     assert ret_fl("config", "--preset", preset).exit_code == 0
 

@@ -17,7 +17,7 @@ from ret_fl.redistribution import parse_policy
 from ret_fl.settings import parse_change, read_preset, to_toml
 
 ROOT = Path(__file__).parent.parent
-PRESETS = sorted((ROOT / "simulations/presets").glob("*.toml"))
+PRESETS = sorted((ROOT / "simulations/presets").rglob("*.toml"))
 FLAT = {s.key: s for s in describe()}
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ret_fl.config import DataConfig
-from ret_fl.data.check import check_data, near_duplicates, perceptual_hashes
+from ret_fl.data.check import check_data, near_duplicates
+from ret_fl.data.near import joined_by_hash, perceptual_hashes
 from ret_fl.data.sources import load_splits
 
 
@@ -65,6 +66,10 @@ def test_equal_alike_and_unreadable_images_are_found_and_named(folder: Path) -> 
     ):
         assert line in result.output
     assert "near-duplicates in" not in ret_fl("data", "check", folder, "--no-near").output
+    by_pixels = ["data", "check", folder, "--set", "data.near-duplicates=cosine", "--set"]
+    loose = ret_fl(*by_pixels, "data.near-threshold=.9").output
+    assert "2 near-duplicates in 1 groups" in loose and "alike: a/jpeg.jpg, b/05.png" in loose
+    assert "near-duplicates" not in ret_fl(*by_pixels, "data.near-threshold=.9999").output
 
 
 def test_modes_and_sizes_are_counted_as_they_came(folder: Path) -> None:
@@ -121,15 +126,15 @@ def test_near_duplicates_are_those_of_a_double_loop(words: list[int], most: int)
                 group = [group[j] if g == group[i] else g for g in group]
     expected = {frozenset(i for i, g in enumerate(group) if g == name) for name in group}
     expected = {rows for rows in expected if len({i // 2 for i in rows}) > 1}
-    assert {frozenset(rows.tolist()) for rows in near_duplicates(bits, contents, most)} == expected
+    assert {frozenset(rows.tolist()) for rows in near_duplicates(joined_by_hash(bits, most), contents)} == expected
 
 
 def test_near_duplicates_are_found_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ret_fl.data.check.BLOCK", 16)
+    monkeypatch.setattr("ret_fl.data.near.BLOCK", 16)
     bits = np.random.default_rng(0).random((100, 64)) < 0.5
     bits[90], bits[50] = bits[2], bits[2]
     bits[50, :4] ^= True
-    (found,) = near_duplicates(bits, np.arange(100, dtype=np.uint64), 4)
+    (found,) = near_duplicates(joined_by_hash(bits, 4), np.arange(100, dtype=np.uint64))
     assert found.tolist() == [2, 50, 90]
 
 

@@ -92,6 +92,35 @@ def test_training_images_are_mirrored_half_of_the_time_where_asked(tiny: Tiny) -
     assert 0.4 < mirrored.double().mean() < 0.6
 
 
+def test_training_images_get_the_noise_that_is_asked_for(tiny: Tiny) -> None:
+    """After mirroring, so that an image differs by noise alone from itself or from its mirror image."""
+    config = tiny({"data.noise": 0.25, "data.flip": True, "local-epochs": 20})
+    data = load_splits(config.data)
+    order = make_order(config)
+    round_ = Round(make_trainer(config), order, data.train, data.kind)
+    change = round_._change(None)
+    assert change is not None
+    torch.manual_seed(0)
+    images = data.train.fetch(torch.from_numpy(order.ids))[0].repeat(40, 1, 1, 1)
+    shown = change(images)
+    residue = torch.stack([shown - images, shown - images.flip(-1)])
+    nearest = residue.square().flatten(2).mean(2).argmin(0)
+    noise = residue[nearest, torch.arange(len(images))]
+    assert float(noise.std()) == pytest.approx(0.25, rel=0.02) and abs(float(noise.mean())) < 0.01
+    pixels = noise.flatten(1)
+    assert (
+        float(pixels.std(0).min()) > 0.2 and 0.3 < float(nearest.double().mean()) < 0.7
+    )  # every pixel, anew each time
+    assert float(torch.corrcoef(pixels.T[:8]).fill_diagonal_(0).abs().max()) < 0.15
+    assert Round(make_trainer(tiny()), order, data.train, data.kind)._change(None) is None
+
+
+def test_noise_on_inputs_changes_what_is_learned(tiny: Tiny) -> None:
+    plain, noisy = (train(tiny({"data.noise": noise})) for noise in (0.0, 0.3))
+    assert noisy.report.loss != plain.report.loss and np.isfinite(noisy.report.loss)
+    assert noisy.report.images == plain.report.images
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of folded pixels, trained for some rounds on half of the digits."""

@@ -12,6 +12,7 @@ from ledgers import fits_of, ledger_of, rng, with_ratios
 
 from ret_fl.config import QuarantineConfig, RedistributionConfig
 from ret_fl.ledger import ShardLedger
+from ret_fl.recorder import canaries_found
 from ret_fl.redistribution import (
     balance,
     propose,
@@ -94,6 +95,23 @@ class TestQuarantine:
         inside = quarantined(ledger, QuarantineConfig(share=share))
         assert inside.sum() <= round(share * n)
         assert not inside[ledger.draws < 10].any()
+
+    def test_how_well_losses_find_canaries_is_the_share_of_pairs_in_order(self) -> None:
+        generator = rng(1)
+        ledger = with_ratios(ledger_of(30), np.round(generator.normal(size=30), 1))
+        canaries = np.array([[0, 4, 5], [7, 8, 29]])
+        ledger.draws[[5, 12]] = 0  # nothing known of these
+        ratio, known = ledger.log_loss_ratio(), ledger.draws > 0
+        pairs = [
+            (ratio[i] < ratio[j]) + (ratio[i] == ratio[j]) / 2
+            for i in canaries.ravel()
+            for j in np.setdiff1d(np.arange(30), canaries)
+            if known[i] and known[j]
+        ]
+        assert len(pairs) == 5 * 23 and canaries_found(ledger, canaries) == pytest.approx(np.mean(pairs))
+        planted, copies = self.planted()
+        assert canaries_found(planted, np.flatnonzero(copies)[:, None]) == pytest.approx(1, abs=0.01)
+        assert canaries_found(planted, np.empty((0, 10), np.int64)) is None
 
     def test_samples_with_few_draws_are_left_alone(self) -> None:
         ledger, _ = self.planted()

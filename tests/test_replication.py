@@ -1,6 +1,7 @@
 """The copy audit counts every copy, nothing else, and does not depend on how it is computed."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from image_sets import brute_force, noise
 from torch import Tensor
 
+from ret_fl.audit.copies import replication
 from ret_fl.audit.replication import (
     PAPER_TAUS,
     CopyReport,
@@ -104,6 +106,27 @@ def test_copies_are_counted_and_attributed(real: tuple[Tensor, Tensor, Tensor]) 
     assert report.canary_hits.tolist() == [6, 2]
     assert report.canary_rate == pytest.approx(0.08)
     assert report.ordinary_rate == pytest.approx(0.07)
+
+
+def test_canaries_whose_repeats_differ_are_each_one_image(real: tuple[Tensor, Tensor, Tensor]) -> None:
+    train, reference, held_out = real
+    noise = 0.02 * torch.randn(18, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    repeated = torch.cat([train, (train[[3, 7]].repeat(9, 1, 1, 1) + noise).clamp(0, 1)])
+    canaries = torch.tensor([[3, *range(200, 218, 2)], [7, *range(201, 219, 2)]])
+    fresh = held_out[calibrated_ratio(held_out, train, reference)[0] > 0.5][:80]
+    generated = torch.cat([repeated[[3, 200, 202, 204]], repeated[[7, 217]], train[20:24], fresh])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # 218 distinct training images are 200, as many as reference ones
+        report = copy_report(generated, repeated, reference, canaries=canaries)
+        found, _ = replication(generated, repeated, reference, held_out[80:], canaries)
+    assert report.canary_hits is not None and report.canary_hits.tolist() == [4, 2]
+    assert report.distinct == 6 and int(report.copied.sum()) == 10
+    assert report.index[:6].tolist() == [3] * 4 + [7] * 2
+    assert found.copy_rates[0].canary_hits == [4, 2] and found.copy_rates[0].distinct == 6
+    listed = [worst.train for worst in found.worst]
+    assert len(set(listed)) == len(listed) and 3 in listed and not any(row >= 200 for row in listed)
+    with pytest.warns(UserWarning, match="train has 218 distinct images, reference 200"):
+        copy_report(generated, repeated, reference)
 
 
 def test_a_report_without_canaries_leaves_them_out(real: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -121,6 +121,14 @@ def test_settings_that_do_nothing_do_not_tell_trainings_apart() -> None:
         assert not same_training(plain, config(**change))
     apart = config(**{"aggregate-every": 0})
     assert not same_training(apart, config(**{"aggregate-every": 0, "ensemble": "average"}))
+    near: dict[str, Scalar] = {"data.near-duplicates": "cosine", "data.duplicates": "keep"}
+    kept = config(**{"data.duplicates": "keep"})
+    assert same_training(kept, config(**near))  # nothing is done about what is found
+    assert same_training(config(**{"data.canary-jitter": 4.0}), plain)
+    for change in (near | {"partition.clusters": "spread"}, near | {"data.duplicates": "drop"}):
+        assert not same_training(kept, config(**change))
+    assert not same_training(plain, config(**{"data.near-duplicates": "cosine"}))
+    assert not same_training(config(**{"data.canaries": 2}), config(**{"data.canaries": 2, "data.canary-jitter": 4.0}))
     gated = config(**{"agc.mode": "agc"})
     assert not same_training(gated, config(**{"agc.mode": "agc", "agc.mem-ratio": 3.0}))
 

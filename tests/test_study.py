@@ -13,7 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ret_fl.config import ConfigError
+from ret_fl.config import ConfigError, RunConfig
 from simulations.results import ResultsFile
 from simulations.study import Study, run_cell, run_study
 
@@ -82,6 +82,8 @@ def test_every_point_of_every_cell_has_a_row(finished: Path) -> None:
     assert rows["central", 0.5].images == 44  # 40 digits, two of them thrice, once
     assert rows["central", 1.0].images == rows["default", 1.0].images == 88  # equal images seen
     assert rows["central", 1.0].settings["shards"] == 1
+    assert all(0 <= row.canary_auc <= 1 for row in rows.values() if row.canary_auc is not None)
+    assert rows["central", 0.5].canary_auc is not None
 
 
 def test_a_done_study_trains_nothing_again_even_without_its_folders(finished: Path) -> None:
@@ -144,6 +146,7 @@ def test_the_page_and_the_summary_tell_the_rows(finished: Path) -> None:
     assert "| central training | 1 | 88 |" in page and "| the default | 1 | 88 |" in page
     assert "## The default against central training" in page and "| digits | 1 / 1 |" in page
     assert "![Copies against quality, digits](two-digits.png)" in page
+    assert "| FD, stopped | found |" in page and "*found*: the AUC" in page
     for picture in ("two-digits.png", "two-digits-copies.png"):
         assert (folder / picture).stat().st_size > 5000
     entries = {entry["method"]: entry for entry in json.loads((folder / "summary.json").read_text())}
@@ -176,6 +179,53 @@ def test_further_points_of_the_first_seed_are_its_own(tmp_path: Path) -> None:
     points = {c.key: c.points for c in Study.read(write(tmp_path, text)).cells()}
     assert points["digits", "default", 3] == [1, 2] and points["digits", "default", 4] == [1]
     assert points["digits", "central", 3] == points["digits", "central", 4] == [0.5, 1]
+
+
+def test_a_method_may_name_a_control_and_its_own_settings_go_on_top(tmp_path: Path) -> None:
+    more = """
+[methods.batch-x4]
+label = "b"
+control = "batch-x4"
+[methods.dedup]
+label = "d"
+control = "dedup-recipe"
+set = { optimizer.lr = 0.5 }
+[methods.stopped]
+label = "s"
+control = "early-stopping"
+points = [0.5]
+"""
+    cells = {c.method: c.config() for c in Study.read(write(tmp_path, GRID + more)).cells()}
+    batch, dedup, stopped = (cells[name] for name in ("batch-x4", "dedup", "stopped"))
+    # what central training and the control set; data and length stay the study's
+    assert (batch.batch_size, batch.shards, batch.data.duplicates) == (128, 1, "keep")
+    assert (batch.optimizer.lr, batch.optimizer.schedule) == (0.001, "constant")
+    assert batch.diffusion.beta_schedule == "linear"
+    assert (batch.data.source, batch.data.limit) == ("image-folder", 40)
+    assert (batch.num_server_rounds, batch.local_epochs) == (2, 1)
+    assert (dedup.shards, dedup.data.duplicates, dedup.optimizer.lr) == (1, "weight", 0.5)
+    assert dedup.diffusion.beta_schedule == RunConfig().diffusion.beta_schedule
+    assert (stopped.num_server_rounds, stopped.shards, stopped.optimizer.schedule) == (2, 1, "constant")
+    assert batch.name == "digits-batch-x4-s0"
+    with pytest.raises(ConfigError, match=r"methods\.batch-x4.*no control 'batch-x5'; there are batch-x4, central"):
+        Study.read(write(tmp_path, GRID + more.replace('control = "batch-x4"', 'control = "batch-x5"')))
+
+
+def test_a_method_may_have_seeds_of_its_own_on_a_dataset(tmp_path: Path) -> None:
+    text = GRID.replace('label = "the default"', 'label = "the default"\nseeds = { digits = [0, 4] }')
+    text = text.replace("[methods.central]", '[datasets.more]\ndata.source = "digits"\n[methods.central]')
+    cells = [c.key for c in Study.read(write(tmp_path, text)).cells()]
+    first = [(d, m, 0) for d in ("digits", "more") for m in ("central", "default")]
+    assert cells == [*first, ("digits", "default", 4)]
+    with pytest.raises(ConfigError, match=r"methods\.default\.seeds: no dataset 'digit'"):
+        Study.read(write(tmp_path, text.replace("{ digits = ", "{ digit = ")))
+
+
+def test_the_studies_that_come_along_are_valid() -> None:
+    files = sorted((ROOT / "simulations/studies").glob("*.toml"))
+    assert len(files) > 9
+    for file in files:
+        assert list(Study.read(file).cells())
 
 
 def test_a_random_control_skips_as_often_as_the_method_beside_it(finished: Path) -> None:

@@ -57,6 +57,8 @@ def attack(
 
     canary_rows = np.ascontiguousarray(data.canaries[:, 0]) if len(data.canaries) else np.empty(0, np.int64)
     (chosen,) = spread_rows([data.train], options.members)
+    # of a canary whose repeats differ, only the original is a member: they would count as often as they stand
+    chosen = chosen[~torch.isin(chosen, torch.from_numpy(np.ascontiguousarray(data.canaries[:, 1:])))]
     measured = torch.unique(torch.cat([chosen, torch.from_numpy(canary_rows)]))
     scores = mean_losses(data.train, measured)
     # canaries beyond the chosen few would weigh more among them than in the data

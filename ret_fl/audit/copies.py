@@ -100,9 +100,9 @@ def replication(
         raise ValueError(f"worst must be >= 0, the number of samples to list, got {worst}")
     canary_rows = checked_canaries(canaries, len(train)) if canaries is not None and len(canaries) else None
     queries, real = queries_and_train(generated, train, device, memory_mb)
-    other = None if reference is None else reference_set(reference, real)
-    k = _default_k(len(real)) if k is None else k
     canary_rows = None if canary_rows is None else real.first[canary_rows]
+    other = None if reference is None else reference_set(reference, real, canary_rows)
+    k = _default_k(len(real)) if k is None else k
     floor = None
     if held_out is not None:
         held_out_queries = checked_queries(held_out, "held_out", device)

@@ -134,16 +134,19 @@ def membership(
     )
 
 
-def _auc_interval(members: np.ndarray, non_members: np.ndarray, draws: int, rng: np.random.Generator) -> Interval:
-    def auc(low: np.ndarray, high: np.ndarray) -> float:
-        ranks = np.searchsorted(high, low, "left") + np.searchsorted(high, low, "right")
-        return 1 - float(ranks.mean()) / (2 * len(high))
+def auc_of_lower(low: np.ndarray, high: np.ndarray) -> float:
+    """Share of pairs in which one of `low` is below one of `high` (sorted, float [n]), ties counting half."""
+    ranks = np.searchsorted(high, low, "left") + np.searchsorted(high, low, "right")
+    return 1 - float(ranks.mean()) / (2 * len(high))
 
+
+def _auc_interval(members: np.ndarray, non_members: np.ndarray, draws: int, rng: np.random.Generator) -> Interval:
     def resampled(values: np.ndarray) -> np.ndarray:
         return values[np.sort(rng.integers(len(values), size=len(values)))]
 
-    value = auc(members, non_members)
-    low, high = np.percentile([auc(resampled(members), resampled(non_members)) for _ in range(draws)], TAILS)
+    value = auc_of_lower(members, non_members)
+    drawn = [auc_of_lower(resampled(members), resampled(non_members)) for _ in range(draws)]
+    low, high = np.percentile(drawn, TAILS)
     if low == high:
         trials = min(len(members), len(non_members))
         low, high = wilson_interval(round(value * trials), trials)

@@ -103,8 +103,11 @@ def checked_queries(images: Images, name: str, device: Device) -> ImageRows:
     return rows if device is None else rows.to(torch.device(device))
 
 
-def reference_set(reference: Images, train: RealSet) -> RealSet:
-    """The reference, checked against the training set; errors and warnings as in `calibrated_ratio`."""
+def reference_set(reference: Images, train: RealSet, canaries: Tensor | None = None) -> RealSet:
+    """The reference, checked against the training set; errors and warnings as in `calibrated_ratio`.
+
+    canaries: rows int64 [n, repeats] of `train`, first occurrences; repeats of one that differ count as one image.
+    """
     other = RealSet(reference, "reference", train.distinct.values.device, train.memory_mb)
     require_same_size(train.distinct, other.distinct, "train", "reference")
     if shared := train.keys & other.keys:
@@ -112,9 +115,10 @@ def reference_set(reference: Images, train: RealSet) -> RealSet:
             f"reference shares {len(shared)} images with train: use real images that were never trained on, "
             "else copies of the shared ones pass unnoticed"
         )
-    if len(train) != len(other):
+    distinct = len(train) - (0 if canaries is None else len(canaries.unique()) - len(canaries))
+    if distinct != len(other):
         warnings.warn(
-            f"train has {len(train)} distinct images, reference {len(other)}: the calibrated ratio is only unbiased "
+            f"train has {distinct} distinct images, reference {len(other)}: the calibrated ratio is only unbiased "
             "for sets of equal size (a smaller reference raises copy rate and floor, so give more images if you can)",
             stacklevel=3,
         )

@@ -137,10 +137,10 @@ class CopyReport:
     rate: float  # share of generated images that are copies
     low: float  # 95 % Wilson interval of the rate: sampling noise only, not that of the training seed
     high: float
-    distinct: int  # distinct training images copied
+    distinct: int  # distinct training images copied; a canary is one, though its repeats may differ
     copied: Tensor  # bool [G]
     ratio: Tensor  # float64 [G], `calibrated_ratio`
-    index: Tensor  # int64 [G], nearest training row
+    index: Tensor  # int64 [G], nearest training row; of a canary the first, whichever repeat is nearest
     distance: Tensor  # float64 [G], squared distance to that training image, moved as the variant allows
     canary_rate: float | None = None  # share of generated images that copy a canary; None without canaries
     ordinary_rate: float | None = None  # share that copies any other training image; the two add up to `rate`
@@ -168,7 +168,7 @@ def copy_report(
     Args:
         generated, train, reference, variant, device, memory_mb: as in `calibrated_ratio`.
         threshold: calibrated ratio below which an image is a copy, > 0 and < 1.
-        canaries: int64 [n, repeats], the rows of `train` that hold each canary.
+        canaries: int64 [n, repeats], the rows of `train` that hold each canary; its repeats need not be equal.
 
     Raises:
         ValueError: threshold not in (0, 1), canary rows outside `train`, or as in `calibrated_ratio`.
@@ -176,16 +176,17 @@ def copy_report(
     require_threshold(threshold)
     rows = None if canaries is None else checked_canaries(canaries, len(train))
     queries, real = queries_and_train(generated, train, device, memory_mb)
-    other = reference_set(reference, real)
+    rows = None if rows is None else real.first[rows]
+    other = reference_set(reference, real, rows)
     to_train, to_reference = real.nearest_moved(queries, variant), other.nearest_moved(queries, variant)
-    return count_copies(to_train, to_reference, threshold, None if rows is None else real.first[rows])
+    return count_copies(to_train, to_reference, threshold, rows)
 
 
 def count_copies(
     to_train: tuple[Tensor, Tensor], to_reference: tuple[Tensor, Tensor], threshold: float, canaries: Tensor | None
 ) -> CopyReport:
     """Distances and rows as `RealSet.nearest_moved` gives them; canaries: rows as there, int64 [n, repeats]."""
-    distance, index = to_train
+    distance, index = to_train[0], _one_a_canary(to_train[1], canaries)
     ratio = _calibrate(distance, to_reference[0])
     copied = ratio < threshold
     rate = float(copied.double().mean())
@@ -264,6 +265,13 @@ def checked_canaries(canaries: Images, count: int) -> Tensor:
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
         raise ValueError(f"canary rows must lie in 0..{count - 1}, the rows of train")
     return rows.cpu().long()
+
+
+def _one_a_canary(rows: Tensor, canaries: Tensor | None) -> Tensor:
+    """The same rows, those of a canary's repeats as that of its first."""
+    for own in canaries if canaries is not None else []:
+        rows = torch.where(torch.isin(rows, own), own[0], rows)
+    return rows
 
 
 def _canary_hits(copied_rows: Tensor, canaries: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from ret_fl.plugins import SHARD_POLICIES
 
 
 def partition(
-    num_samples: int, labels: np.ndarray | None, num_classes: int, shards: int, config: PartitionConfig, seed: int
+    num_samples: int,
+    labels: np.ndarray | None,
+    num_classes: int,
+    shards: int,
+    config: PartitionConfig,
+    seed: int,
+    clusters: np.ndarray | None = None,
 ) -> np.ndarray:
     """The shard of each sample: int32 [num_samples], each in [0, shards).
 
@@ -24,6 +30,7 @@ def partition(
         shards: K.
         config: the scheme and its parameters.
         seed: of every random choice made here.
+        clusters: int [num_samples], equal for copies of one another; read unless partition.clusters is 'any'.
 
     Raises:
         ConfigError: the scheme cannot fill the shards, needs labels that are missing, or its file does not fit.
@@ -41,14 +48,14 @@ def partition(
     if labels is None and config.scheme in ("class", "dirichlet"):
         raise ConfigError(f"partition.scheme={config.scheme} needs classes and these images have none: use 'iid'")
     rng = np.random.default_rng(seed)
-    (policy,) = load(SHARD_POLICIES, config.scheme, config.options)
-    dealt = np.asarray(policy.call(num_samples, labels, shards, config, rng))
-    if dealt.shape != (num_samples,) or dealt.dtype.kind not in "iu" or dealt.min() < 0 or dealt.max() >= shards:
-        raise ConfigError(
-            f"partition.scheme={config.scheme} must give {num_samples} whole numbers in 0..{shards - 1}, one a sample "
-            f"(got shape {dealt.shape}, {dealt.dtype})"
-        )
-    owner = dealt.astype(np.int32)
+    if config.clusters != "any":
+        if clusters is None or config.scheme not in ("iid", "shuffled"):
+            raise ValueError(f"partition.clusters={config.clusters} needs clusters, and the scheme 'iid' or 'shuffled'")
+        balanced = labels if config.scheme == "iid" else None
+        sizes = shard_sizes(config, num_samples, shards)
+        owner = by_cluster(clusters, balanced, sizes, config.clusters == "gather", rng).astype(np.int32)
+    else:
+        owner = _dealt(num_samples, labels, shards, config, rng)
     empty = np.flatnonzero(np.bincount(owner, minlength=shards) == 0)
     if len(empty):
         raise ConfigError(
@@ -56,6 +63,20 @@ def partition(
             "lower shards, raise data.limit, or change partition.scheme or its parameters"
         )
     return owner
+
+
+def _dealt(
+    num_samples: int, labels: np.ndarray | None, shards: int, config: PartitionConfig, rng: np.random.Generator
+) -> np.ndarray:
+    """What the shard policy that the scheme names says, checked: int32 [num_samples]."""
+    (policy,) = load(SHARD_POLICIES, config.scheme, config.options)
+    dealt = np.asarray(policy.call(num_samples, labels, shards, config, rng))
+    if dealt.shape != (num_samples,) or dealt.dtype.kind not in "iu" or dealt.min() < 0 or dealt.max() >= shards:
+        raise ConfigError(
+            f"partition.scheme={config.scheme} must give {num_samples} whole numbers in 0..{shards - 1}, one a sample "
+            f"(got shape {dealt.shape}, {dealt.dtype})"
+        )
+    return dealt.astype(np.int32)
 
 
 def interleave(counts: np.ndarray) -> np.ndarray:
@@ -98,6 +119,33 @@ def shard_sizes(config: PartitionConfig, num_samples: int, shards: int) -> np.nd
     if len(weights) != shards or not np.all(np.isfinite(weights) & (weights > 0)):
         raise ConfigError(f"partition.sizes must be {shards} positive numbers, one a shard (got {config.sizes!r})")
     return largest_remainder(weights, num_samples)
+
+
+def by_cluster(
+    clusters: np.ndarray, labels: np.ndarray | None, sizes: np.ndarray, gather: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """The shard of each sample, int64 [n], where clusters are kept together (`gather`) or apart.
+
+    Clusters of two and more are dealt first, the largest first: whole to the shard with most room left of `sizes`
+    (int64 [K], their sum is n); or a sample to each shard in turn, the rest to those with most room, so that K or fewer
+    alike samples never meet. What is like no other fills the shards up, its classes in proportion (`labels`: int [n]).
+    """
+    _, inverse, counts = np.unique(clusters, return_inverse=True, return_counts=True)
+    owner, room = np.full(len(clusters), -1), sizes.astype(np.int64).copy()
+    groups = np.flatnonzero(counts > 1)
+    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+    for group in groups[np.lexsort((rng.permutation(len(groups)), -counts[groups]))]:
+        ids = rng.permutation(members[group])
+        by_room = np.lexsort((rng.permutation(len(room)), -room))
+        target = np.full(len(ids), by_room[0]) if gather else by_room[np.arange(len(ids)) % len(room)]
+        owner[ids] = target
+        room -= np.bincount(target, minlength=len(room))
+    singles = np.flatnonzero(owner < 0)
+    if len(singles):
+        left = largest_remainder(room.clip(0), len(singles))
+        order = rng.permutation(singles) if labels is None else singles[np.concatenate(_members(labels[singles], rng))]
+        owner[order] = interleave(left)
+    return owner
 
 
 def shuffled(

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ret_fl.config import ConfigError, DataConfig, RunConfig
 from ret_fl.data.builtin import load_builtin
 from ret_fl.data.cifar import load_cifar
+from ret_fl.data.clusters import Clusters, find_clusters
 from ret_fl.data.folder import load_folder
 from ret_fl.data.hf import load_hf
 from ret_fl.data.images import ImageSet, Kind
 from ret_fl.data.mirror import is_url, mirrored
 from ret_fl.data.partition import interleave, partition
 from ret_fl.data.store import SampleStore
+from ret_fl.devices import resolve_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class DataSplits:
     train: what is dealt to the shards; the extra copies of canaries come last.
     held_out: kept from training, to measure quality against; may be empty.
     reference: distinct images, as many as distinct training images, to calibrate the copy rate; None if turned off.
-    canaries: int64 [n, repeats], row i holds the IDs in `train` of every copy of canary i.
+    canaries: int64 [n, repeats], row i holds the IDs in `train` of every copy of canary i, the original first.
     kind: what augmentation may do to the images.
     unreadable: names of the images that were skipped.
     """
@@ -46,9 +49,11 @@ class DataSplits:
         train, (channels, height, width) = self.train, self.train.image_shape
         distinct = len(np.unique(train.content_hashes))
         parts = [f"{len(train):,} training images of {channels}x{height}x{width}"]
+        canaries, repeats = self.canaries.shape
         if distinct < len(train):
-            canaries, repeats = self.canaries.shape
             parts[0] += f" ({distinct:,} distinct" + (f", {canaries} of them {repeats} times)" if canaries else ")")
+        elif canaries and repeats > 1:
+            parts[0] += f" ({canaries} of them {repeats} times, with noise)"
         parts += [f"{len(self.held_out):,} held out"]
         if self.reference is not None:
             parts += [f"{len(self.reference):,} for reference"]
@@ -73,8 +78,10 @@ def load_splits(config: DataConfig) -> DataSplits:
     if found.outside is not None:
         rows = rows[~found.outside[rows]]  # a test image that equals a training one is on neither side
     canary_rows, canaries = _canaries(contents, train, rows, config, rng)
+    train_rows = np.concatenate([rows, canary_rows])
+    jittered = config.canary_jitter and len(canary_rows)
     return DataSplits(
-        train=store.subset(np.concatenate([rows, canary_rows])),
+        train=_jittered(store, train_rows, len(rows), config, rng) if jittered else store.subset(train_rows),
         held_out=store.subset(contents.rows(held_out)),
         reference=store.subset(contents.first[reference]) if config.reference else None,
         canaries=canaries,
@@ -87,7 +94,24 @@ def deal(config: RunConfig, data: DataSplits) -> np.ndarray:
     """The first shard of each training sample, int32 [N], as `partition`. Raises `ConfigError` if they do not fit."""
     train = data.train
     labels = None if train.labels is None else train.labels.numpy()
-    return partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed)
+    drops = config.data.duplicates == "drop"
+    needed = drops or config.partition.clusters != "any"
+    clusters = find_clusters(train, config.data, resolve_device(config.device)) if needed else None
+    owner = partition(len(train), labels, train.num_classes, config.shards, config.partition, config.seed, clusters)
+    if drops and clusters is not None:
+        _require_visits(owner, clusters, config.shards)
+    return owner
+
+
+def _require_visits(owner: np.ndarray, clusters: Clusters, shards: int) -> None:
+    """Refuse a shard whose samples are all dropped: its proxy would have nothing to train on."""
+    kept = owner[clusters == np.arange(len(clusters))]
+    idle = np.flatnonzero(np.bincount(kept, minlength=shards) == 0)
+    if len(idle):
+        raise ConfigError(
+            f"data.duplicates=drop leaves shards {idle.tolist()} of {shards} nothing to train on: lower shards, set "
+            "data.duplicates=weight, or change how the samples are dealt (partition.scheme)"
+        )
 
 
 def load_images(config: DataConfig) -> ImageSet:
@@ -185,3 +209,16 @@ def _canaries(
     extra = config.canary_repeats - 1
     appended = len(rows) + np.arange(config.canaries * extra, dtype=np.int64).reshape(config.canaries, extra)
     return np.repeat(chosen, extra), np.concatenate([originals[:, None], appended], axis=1)
+
+
+def _jittered(
+    store: SampleStore, rows: np.ndarray, originals: int, config: DataConfig, rng: np.random.Generator
+) -> SampleStore:
+    """The samples of `rows`; those after the first `originals` with noise of data.canary-jitter, each with its own."""
+    pixels = store.pixels(rows)
+    repeats = pixels[originals:].numpy()
+    noisy = np.rint(repeats + rng.normal(0, config.canary_jitter, repeats.shape)).clip(0, 255).astype(np.uint8)
+    pixels[originals:] = torch.from_numpy(noisy)
+    labels = None if store.labels is None else store.labels[torch.from_numpy(rows)]
+    captions = None if store.captions is None else tuple(store.captions[row] for row in rows.tolist())
+    return SampleStore(pixels, labels, store.num_classes, captions)
