@@ -159,6 +159,8 @@ def audit(
     from ret_fl.devices import limit_threads, resolve_device
     from ret_fl.engines import find_app_code
 
+    if missing := [str(model) for model in models if not model.exists()]:
+        raise stop(f"{missing[0]} does not exist: name a run, a pipeline, a folder of images or a .npy")
     if baseline is not None and baseline not in models:
         raise stop(f"--baseline {baseline} is not among the models: name it as one of them, too")
     limit_threads(threads)

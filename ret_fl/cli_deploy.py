@@ -86,7 +86,9 @@ def _contents(federation: Federation) -> list[tuple[str, str]]:
 def local(
     shards: Annotated[int, typer.Option(min=1, help="Shards, each with a SuperNode of its own.")] = 3,
     tls: Annotated[bool, typer.Option("--tls/--no-tls", help="TLS and node authentication.")] = True,
-    stay: Annotated[bool, typer.Option("--stay", help="Stay up until Ctrl-C, for runs of yours.")] = False,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Train nothing; be there for runs of yours, until Ctrl-C.")
+    ] = False,
     preset: PresetOption = None,
     changes: SetOption = None,
     out: OutOption = None,
@@ -102,7 +104,9 @@ def local(
     from ret_fl.engines import RunFailedError, check_app
 
     if stay and (preset or changes or out):
-        raise stop("--stay submits no run: give --preset, --set and --out to the `flwr run` it prints, or drop --stay")
+        raise stop(
+            "--stay trains nothing: leave out --preset, --set and --out; the `flwr run` it prints takes settings"
+        )
     try:
         app_path = check_app(app_folder)
         if stay:

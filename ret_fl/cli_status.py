@@ -47,6 +47,8 @@ def status(
             found = read_status(RunDir.existing(target))
             return render(found), found.finished
 
+    elif "/" in target:
+        raise stop(f"no folder {target}: a run has none before its server has begun it")
     else:
 
         def look() -> tuple[RenderableType, bool]:
@@ -67,7 +69,8 @@ def status(
                 shown, over = look()
                 live.update(shown, refresh=True)
     except ConfigError as error:
-        raise stop(error) from None
+        nowhere = "" if Path(target).expanduser().exists() else f"no folder {target} (yet), nor such a SuperLink: "
+        raise stop(f"{nowhere}{error}") from None
     except KeyboardInterrupt:
         return
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -123,16 +124,17 @@ def _draw_pairs(figure: SubFigure, panel: Pairs, blocks: int, columns: int) -> N
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss of every shard and of the averaged model, skip rate, moves and quarantine over the rounds."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    parts = (
-        ("denoising loss", "mean squared error", plot_losses),
-        ("draws AGC skipped", "share", plot_skips),
-        ("redistribution", "samples", plot_moves),
-    )
-    for axes, (title, unit, plot) in zip(figure.subplots(1, 3), parts, strict=True):
+    """Loss of every shard and of the averaged model over the rounds; skip rate, moves and quarantine, where any were."""
+    parts = [("denoising loss", "mean squared error", plot_losses)]
+    if any(row["skip_rate"] for row in rows):
+        parts.append(("draws skipped by the gate", "share", plot_skips))
+    if any(row["moved"] or row["quarantined"] for row in rows):
+        parts.append(("redistribution", "samples", plot_moves))
+    figure = Figure(figsize=(max(6, 4 * len(parts)), 3.6), layout="constrained")
+    for axes, (title, unit, plot) in zip(figure.subplots(1, len(parts), squeeze=False).flat, parts, strict=True):
         plot(axes, rows)
         axes.set(title=title, ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

@@ -87,7 +87,8 @@ class RunProgress:
         self.shown = len(rows)
         done = rows[-1]["round"] if rows else 0
         if done >= self.total and not self.said_drawing:
-            self.console.print("trained; now drawing images and measuring")
+            if self.run.read_config().samples:
+                self.console.print("trained; now drawing images and measuring, which may take as long again")
             self.said_drawing = True
         what = "training" if done < self.total else "drawing images, measuring"
         self.bar.update(self.task, completed=done, description=what if rows else "starting")

@@ -57,18 +57,18 @@ def test_equal_alike_and_unreadable_images_are_found_and_named(folder: Path) -> 
     result = ret_fl("data", "check", folder)
     assert result.exit_code == 3
     for line in (
-        "1 unreadable images, left out",
-        "2 images are exact duplicates, 1 distinct ones",
-        "2 near-duplicates in 1 groups",
+        "unreadable and left out: 1",
+        "exact duplicates: 2 images that show 1 different ones",
+        "near-duplicates by perceptual hash, at most 4 bits apart: 2 in 1 groups",
         "unreadable: a/text.png",
         "equal: a/02.png, b/copy.png",
         "alike: a/jpeg.jpg, b/05.png",
     ):
         assert line in result.output
-    assert "near-duplicates in" not in ret_fl("data", "check", folder, "--no-near").output
+    assert "near-duplicates by" not in ret_fl("data", "check", folder, "--no-near").output
     by_pixels = ["data", "check", folder, "--set", "data.near-duplicates=cosine", "--set"]
     loose = ret_fl(*by_pixels, "data.near-threshold=.9").output
-    assert "2 near-duplicates in 1 groups" in loose and "alike: a/jpeg.jpg, b/05.png" in loose
+    assert ": 2 in 1 groups" in loose and "alike: a/jpeg.jpg, b/05.png" in loose
     assert "near-duplicates" not in ret_fl(*by_pixels, "data.near-threshold=.9999").output
 
 

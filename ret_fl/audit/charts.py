@@ -63,7 +63,11 @@ def loss_chart(losses: Mapping[str, np.ndarray]) -> Chart | None:
     if not known:
         return None
     alt = "; ".join(f"{g.group}: {sum(g.counts):,} samples, median loss {number(g.median)}" for g in known)
-    note = f"Bars of each group add up to 100 %.{_told_apart(losses)}"
+    note = (
+        "Memorized and high-loss are the samples of lowest and highest mean log-ratio in training, an equal share of "
+        f"them at either end, whether or not anything was memorized. Bars of each group add up to 100 %."
+        f"{_told_apart(losses)}"
+    )
     return _chart(plots.loss_figure(known), "losses", "Losses of training samples", alt, note)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ret_fl.config import DataConfig
-from ret_fl.data.clusters import find_clusters
+from ret_fl.data.clusters import find_clusters, near_threshold
 from ret_fl.data.images import ImageSet
 from ret_fl.data.near import NEAR_BITS, require_imagehash
 from ret_fl.data.sources import DataSplits, load_images, load_splits
@@ -27,7 +27,8 @@ class DataCheck:
     image_shape: (C, H, W) that training sees. originals: how many came in which mode and size.
     exact, near: groups of equal, and of distinct but alike images, rows of the whole set; near is None where none
     were looked for. crossing: groups of `near` with images on both sides of training and the rest.
-    dropped: images that must not train and equal one that does; they are on neither side.
+    dropped: images that must not train and equal one that does; they are on neither side. looked: how near-duplicates
+    were looked for, in words.
     fingerprint: of the training set, by which server and clients agree on it.
     """
 
@@ -38,6 +39,7 @@ class DataCheck:
     unreadable: Sequence[str]
     exact: Groups
     near: Groups | None
+    looked: str
     crossing: int
     dropped: int
     fingerprint: str
@@ -50,16 +52,18 @@ class DataCheck:
         """What a user should know before training, one line each."""
         found = []
         if self.unreadable:
-            found.append(f"{len(self.unreadable):,} unreadable images, left out")
+            found.append(f"unreadable and left out: {len(self.unreadable):,}")
         if self.exact:
             found.append(
-                f"{sum(map(len, self.exact)):,} images are exact duplicates, {len(self.exact):,} distinct ones"
+                f"exact duplicates: {sum(map(len, self.exact)):,} images that show {len(self.exact):,} different ones"
             )
         if self.dropped:
             found.append(f"{self.dropped:,} held-out images equal a training image, and are left out")
         if self.near:
             across = f", {self.crossing:,} of them across training and held-out images" if self.crossing else ""
-            found.append(f"{sum(map(len, self.near)):,} near-duplicates in {len(self.near):,} groups{across}")
+            found.append(
+                f"near-duplicates by {self.looked}: {sum(map(len, self.near)):,} in {len(self.near):,} groups{across}"
+            )
         return found
 
 
@@ -91,6 +95,7 @@ def check_data(config: DataConfig, near: int | None = NEAR_BITS) -> DataCheck:
         unreadable=splits.unreadable,
         exact=groups_of_equal(whole),
         near=alike,
+        looked=_in_words(by),
         crossing=sum(0 < trained[rows].sum() < len(rows) for rows in alike or []),
         dropped=_dropped(found, splits, whole),
         fingerprint=splits.train.fingerprint,
@@ -106,6 +111,14 @@ def _how_near(config: DataConfig, bits: int | None) -> DataConfig | None:
         return config
     # below 1 is for hashes that are equal: 0 would be the default
     return config.model_copy(update={"near_duplicates": "phash", "near_threshold": bits or 0.5})
+
+
+def _in_words(by: DataConfig | None) -> str:
+    if by is None:
+        return ""
+    if by.near_duplicates == "phash":
+        return f"perceptual hash, at most {int(near_threshold(by))} bits apart"
+    return f"cosine of {by.near_features or 'pixels'} above {near_threshold(by):g}"
 
 
 def _class_counts(store: SampleStore) -> NDArray[np.int64]:
