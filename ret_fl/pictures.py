@@ -124,7 +124,7 @@ def _draw_pairs(figure: SubFigure, panel: Pairs, blocks: int, columns: int) -> N
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss of every shard and of the averaged model over the rounds; skip rate, moves and quarantine, where any were."""
+    """Loss of every shard and of the averaged model over the rounds; skips, moves and quarantine if there were any."""
     parts = [("denoising loss", "mean squared error", plot_losses)]
     if any(row["skip_rate"] for row in rows):
         parts.append(("draws skipped by the gate", "share", plot_skips))
