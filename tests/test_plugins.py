@@ -306,8 +306,10 @@ def test_a_node_without_the_gate_is_refused_and_the_run_says_what_is_missing(tin
 @pytest.mark.parametrize(
     "change",
     [{"redistribution.policy": "nowhere:Policy"}, {"agc.options": "soft = true"},
-     {"audit.auditors": "own_plugins:First"}, {"taa.policy": "photos"}],
-    ids=lambda c: next(iter(c)),
+     {"audit.auditors": "own_plugins:First"}, {"taa.policy": "photos"},
+     {"redistribution.policy": "memorized+random"}, {"aggregation.strategy": "nowhere:Make"},
+     {"aggregation.strategy": "krum"}, {"aggregation.options": "eta = 1"}],
+    ids=lambda c: "=".join(next(iter(c.items()))),
 )  # fmt: skip
 def test_a_run_with_a_bad_plugin_ends_before_it_begins(
     change: Mapping[str, Scalar], tiny: Tiny, tmp_path: Path
