@@ -168,7 +168,7 @@ def _factory(name: str) -> Callable[..., Any]:
             f"aggregation.strategy={name} is a {type(factory).__name__} that is neither a subclass of "
             "flwr.serverapp.strategy.Strategy nor a function annotated to return one, as in def make() -> Strategy"
         )
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class RunRecorder:
         for key, value in metrics.items():
             self.board.add_scalar(key, value, last.round)
         self.board.flush()
-        return MetricRecord(metrics)
+        return MetricRecord({**metrics})
 
     def _checkpoint(self, round: int, weights: State) -> None:
         s = self.strategy

@@ -320,6 +320,8 @@ def test_a_run_with_a_bad_plugin_ends_before_it_begins(
     told = ret_fl("run", "--out", tmp_path / "run", *(f"--set={k}={v}" for k, v in change.items()))
     assert told.exit_code == 1 and next(iter(change)) in told.output
     assert not (tmp_path / "run").exists()
+    told = ret_fl("doctor", *(f"--set={k}={v}" for k, v in change.items()))
+    assert told.exit_code == 1 and next(iter(change)) in told.output
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
