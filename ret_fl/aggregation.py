@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import WARNING, LogRecord, getLogger
@@ -121,7 +122,7 @@ def _completed(name: str, options: Mapping[str, Any], config: RunConfig) -> dict
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ConfigError(f"aggregation.options: {option} = {value!r} must be a {'whole ' if whole else ''}number")
         fits, words = RANGES.get(option, (lambda x: True, ""))
-        if not math.isfinite(value) or not fits(value):
+        if not (abs(value) <= sys.float_info.max and fits(value)):  # NaN fits nothing
             raise ConfigError(
                 f"aggregation.options: {option} = {value!r} must be finite and {words}".removesuffix(" and ")
             )

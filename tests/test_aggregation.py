@@ -181,6 +181,7 @@ def test_only_robust_strategies_survive_scaled_garbage(
         ("fedtrimmedavg", "beta = 0", FIVE, "beta = 0 must be finite and above 0"),
         ("fedadam", "eta = 0", {}, "eta = 0 must be finite and above 0"),
         ("fedadam", "tau = nan", {}, "tau = nan must be finite"),
+        ("fedadam", "tau = 1" + 400 * "0", {}, "must be finite"),
         ("fedyogi", "beta-2 = 1.0", {}, r"beta_2 = 1.0 must be finite and in \[0, 1\)"),
         ("fedavgm", "server-momentum = -0.1", {}, r"server_momentum = -0.1 must be finite and in \[0, 1\)"),
         ("fedavgm", "server_learning_rate = inf", {}, "server_learning_rate = inf must be finite"),
