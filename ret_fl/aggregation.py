@@ -9,20 +9,19 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
-from logging import WARNING
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import WARNING, LogRecord, getLogger
+from typing import Any, get_type_hints
 
 import numpy as np
 from flwr.common.logger import log
 from flwr.serverapp.strategy import (
-    FedAdagrad,
-    FedAdam,
     FedAvg,
     FedAvgM,
     FedMedian,
     FedTrimmedAvg,
-    FedYogi,
     Krum,
     MultiKrum,
     Strategy,
@@ -33,26 +32,16 @@ from flwr.serverapp.strategy.fedopt import FedOpt
 from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, RunConfig
-from ret_fl.loading import parse_options
+from ret_fl.loading import about, imported, parse_options, plain
+from ret_fl.plugins import AGGREGATION, Point
 from ret_fl.privacy import with_noise
 from ret_fl.serveroptimizer import ServerOptimizer
 
 BaseState = dict[str, NDArray]
 """What a strategy keeps from round to round, by name."""
 
-OPTIMIZERS: Mapping[str, type[FedOpt] | type[FedAvgM]] = {
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "fedyogi": FedYogi,
-    "fedadagrad": FedAdagrad,
-}
 STRATEGIES: Mapping[str, type[FedAvg]] = {
-    "fedavg": FedAvg,
-    **OPTIMIZERS,
-    "fedmedian": FedMedian,
-    "fedtrimmedavg": FedTrimmedAvg,
-    "krum": Krum,
-    "multikrum": MultiKrum,
+    name: pkgutil.resolve_name(path) for name, path in AGGREGATION.built_in.items()
 }
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "fedavgm": {"server_momentum": 0.9},
@@ -63,13 +52,44 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 NOBODY_WAITS = {"fraction_evaluate": 0.0, "min_train_nodes": 1, "min_available_nodes": 1}
 UNUSED = ("eta_l",)
 """Parameters that Flower's classes take and do not read: the clients' rate is optimizer.lr."""
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: x > 0, "above 0")
+_BELOW_ONE: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "in [0, 1)")
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "eta": _POSITIVE,
+    "tau": _POSITIVE,
+    "server_learning_rate": _POSITIVE,
+    "server_momentum": _BELOW_ONE,
+    "beta_1": _BELOW_ONE,
+    "beta_2": _BELOW_ONE,
+    "beta": (lambda x: 0 < x < 0.5, "above 0 and below 0.5"),
+    "num_malicious_nodes": (lambda x: x >= 1, "1 or more"),
+}
 
 
 def make_base(config: RunConfig) -> Strategy:
     """The strategy a run's proxies go through. Raises `ConfigError` naming the setting to change."""
-    name, options = config.aggregation.strategy, parse_options("aggregation.options", config.aggregation.options)
-    if name not in STRATEGIES:
-        return _own(name, options)
+    given = parse_options(AGGREGATION.options, config.aggregation.options)
+    name, options = config.aggregation.strategy, {plain(key): value for key, value in given.items()}
+    with _not_told_that_clients_evaluate_nothing():
+        return _built_in(name, options, config) if name in STRATEGIES else _own(name, options)
+
+
+@contextmanager
+def _not_told_that_clients_evaluate_nothing() -> Iterator[None]:
+    """Flower warns of fraction_evaluate=0 whenever a strategy is made; here it is meant."""
+
+    def others(record: LogRecord) -> bool:
+        return not record.getMessage().startswith("fraction_evaluate is set to 0.0")
+
+    logger = getLogger("flwr")
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
+
+
+def _built_in(name: str, options: Mapping[str, Any], config: RunConfig) -> Strategy:
     made, options = STRATEGIES[name], _completed(name, options, config)
     try:
         strategy = made(**NOBODY_WAITS, **options)  # type: ignore[arg-type]
@@ -83,17 +103,29 @@ def make_base(config: RunConfig) -> Strategy:
     return with_noise(strategy, config)
 
 
-def _completed(name: str, options: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """The options with our defaults. Raises `ConfigError` for one that the class has not beyond those of FedAvg."""
+def _taken(name: str) -> dict[str, Any]:
+    """Options of a strategy of Flower's, beyond those of FedAvg, with our defaults."""
     shared = inspect.signature(FedAvg).parameters
-    taken = {k: p for k, p in inspect.signature(STRATEGIES[name]).parameters.items() if k not in (*shared, *UNUSED)}
+    parameters = inspect.signature(STRATEGIES[name]).parameters
+    own = {k: p.default for k, p in parameters.items() if k not in (*shared, *UNUSED)}
+    return own | dict(DEFAULTS.get(name, {}))
+
+
+def _completed(name: str, options: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The options with our defaults. Raises `ConfigError` for one that the class has not, or that is out of range."""
+    taken = _taken(name)
     if odd := [option for option in options if option not in taken]:
         takes = f"takes {', '.join(taken) or 'none'}"
         raise ConfigError(f"aggregation.options: {', '.join(odd)} unknown: aggregation.strategy={name} {takes}")
     for option, value in options.items():
-        whole = isinstance(taken[option].default, int)
+        whole = isinstance(taken[option], int)
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise ConfigError(f"aggregation.options: {option} = {value!r} must be a {'whole ' if whole else ''}number")
+        fits, words = RANGES.get(option, (lambda x: True, ""))
+        if not (abs(value) <= sys.float_info.max and fits(value)):  # NaN fits nothing
+            raise ConfigError(
+                f"aggregation.options: {option} = {value!r} must be finite and {words}".removesuffix(" and ")
+            )
     completed = {**DEFAULTS.get(name, {}), **options}
     if name == "multikrum":
         most = _fewest(config) - completed["num_malicious_nodes"] - 2
@@ -102,25 +134,61 @@ def _completed(name: str, options: Mapping[str, Any], config: RunConfig) -> dict
 
 
 def _own(name: str, options: Mapping[str, Any]) -> Strategy:
-    """What the callable of a dotted path makes."""
-    path = f"aggregation.strategy={name}"
-    if ":" not in name:
-        raise ConfigError(f"{path}: unknown; one of {', '.join(STRATEGIES)}, or pkg.mod:Factory")
-    try:
-        factory: Callable[..., Any] = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be found where the server runs: {error}") from None
-    if not callable(factory):
-        raise ConfigError(f"{path} is a {type(factory).__name__}, not a callable that returns a Flower Strategy")
-    parameters = inspect.signature(factory).parameters
+    """What the factory of a dotted path, or of an installed package, makes."""
+    path, factory = f"aggregation.strategy={name}", _factory(name)
+    takes = _parameters(factory)
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
-        raise ConfigError(f"aggregation.options: {error}; {path} takes {', '.join(parameters) or 'none'}") from None
-    strategy = factory(**options)
+        raise ConfigError(f"aggregation.options: {error}; {path} takes {', '.join(takes) or 'none'}") from None
+    try:
+        strategy = factory(**options)
+    except Exception as error:  # code of others, which may raise anything
+        raise ConfigError(f"{path} cannot be made: {type(error).__name__}: {error} (aggregation.options)") from error
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"{path} returned a {type(strategy).__name__}, not a Flower Strategy")
     return strategy
+
+
+def _factory(name: str) -> Callable[..., Any]:
+    """The class or function of that name: nothing else is ever called, so that no setting runs `os:system`."""
+    factory = imported(AGGREGATION, name)
+    if isinstance(factory, type):
+        made: object = factory
+    elif inspect.isfunction(factory):
+        try:
+            made = get_type_hints(factory).get("return")
+        except Exception as error:  # an annotation may be any text
+            raise ConfigError(
+                f"aggregation.strategy={name}: its annotations cannot be read: {type(error).__name__}: {error}"
+            ) from error
+    else:
+        made = None
+    if not (isinstance(made, type) and issubclass(made, Strategy)):
+        raise ConfigError(
+            f"aggregation.strategy={name} is a {type(factory).__name__} that is neither a subclass of "
+            "flwr.serverapp.strategy.Strategy nor a function annotated to return one, as in def make() -> Strategy"
+        )
+    return factory
+
+
+def _parameters(factory: Callable[..., Any]) -> dict[str, Any]:
+    """What a factory of one's own takes, with defaults."""
+    return {name: parameter.default for name, parameter in inspect.signature(factory).parameters.items()}
+
+
+def described(point: Point, name: str) -> tuple[str, list[str]]:
+    """What a strategy is about, and its options in words. Raises `ConfigError` as `make_base`."""
+    if name in STRATEGIES:
+        target: Callable[..., Any] = STRATEGIES[name]
+        options = _taken(name)
+    else:
+        target = _factory(name)
+        options = _parameters(target)
+    told = {k: "required" if v is inspect.Parameter.empty else f"= {v!r}" for k, v in options.items()}
+    if name == "multikrum":
+        told["num_nodes_to_select"] = "= replies - num_malicious_nodes - 2"
+    return about(target), [f"{option} {default}" for option, default in told.items()]
 
 
 def _fewest(config: RunConfig) -> int:
@@ -135,13 +203,9 @@ def _require_enough_replies(name: str, strategy: FedAvg, config: RunConfig) -> N
         needed, why = 3, "so that two outvote one"
     elif isinstance(strategy, FedTrimmedAvg):
         beta = strategy.beta
-        if beta <= 0:
-            raise ConfigError("aggregation.options: beta must be above 0: fedtrimmedavg would trim nothing")
         needed, why = math.ceil(1 / beta), f"to trim one at each end with beta={beta:g}"
     elif isinstance(strategy, MultiKrum | Krum):
         malicious = strategy.num_malicious_nodes
-        if malicious < 0:
-            raise ConfigError(f"aggregation.options: num_malicious_nodes must not be negative (got {malicious})")
         needed, why = 2 * malicious + 3, f"to outvote num_malicious_nodes={malicious}"
     if fewest < needed:
         raise ConfigError(

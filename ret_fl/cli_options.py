@@ -63,7 +63,11 @@ def run_settings(preset: Path | None, changes: list[str] | None, app: Path = Pat
 
 
 def check_plugins(settings: Mapping[str, Scalar], app: Path, *, dealt: bool = False) -> None:
-    """Raise `ConfigError` for a plug-in that is not there. dealt: whether the run's samples are dealt already."""
+    """Raise `ConfigError` for a plug-in, strategy or accountant that is not there.
+
+    dealt: whether the run's samples are dealt already.
+    """
+    from ret_fl.aggregation import make_base
     from ret_fl.config import RunConfig
     from ret_fl.engines import find_app_code
     from ret_fl.loading import points_of, require_plugins
@@ -73,6 +77,7 @@ def check_plugins(settings: Mapping[str, Scalar], app: Path, *, dealt: bool = Fa
     config = RunConfig.from_flat(settings)
     require_plugins(config, points_of(dealt))
     parse_policy(config.redistribution.policy, config.redistribution.options)
+    make_base(config)
 
 
 def check_data(settings: dict[str, Scalar]) -> None:

@@ -166,6 +166,7 @@ class RunConfig(Section):
                 "image-folder or hf (cifar holds its test batches out)"
             )
         self._near_duplicates_fit()
+        self._nothing_is_idle()
         if bool(self.service.certificate) != bool(self.service.key):
             raise ValueError("service.certificate and service.key belong together: set both or none")
         if self.service.insecure and (self.service.ca or self.service.key):
@@ -214,6 +215,9 @@ class RunConfig(Section):
             "data.duplicates=keep (an image's visits would depend on its copies in other shards)": (
                 self.data.duplicates == "keep"
             ),
+            "partition.clusters=any (a sample's shard would depend on images of other shards)": (
+                self.partition.clusters == "any"
+            ),
             "agc.mode=off (the loss bank goes through the server)": self.agc.mode == "off",
             "quorum=1 (noise is made for the mean of all shards)": self.quorum == 1,
             "aggregate-every above 0 (proxies kept apart have no noise)": self.averages,
@@ -254,6 +258,32 @@ class RunConfig(Section):
             raise ValueError(
                 f"partition.clusters={self.partition.clusters} holds for the schemes 'iid' and 'shuffled' only: set it "
                 f"to 'any' for {self.partition.scheme!r}"
+            )
+
+    def _nothing_is_idle(self) -> None:
+        """Raise `ValueError` for a setting that somebody relies on and that would do nothing."""
+        if self.optimizer.proximal_mu and not self.averages:
+            raise ValueError(
+                f"optimizer.proximal-mu={self.optimizer.proximal_mu:g} draws proxies to their average, and "
+                "aggregate-every=0 makes none: set optimizer.proximal-mu=0, or aggregate-every to 1 or more"
+            )
+        if self.redistribution.control != "off" and self.redistribution.policy == "none":
+            raise ValueError(
+                f"redistribution.control={self.redistribution.control} is the control of a policy, and "
+                "redistribution.policy=none: name the policy, or set redistribution.control=off"
+            )
+        unused = self.data.duplicates == "keep" and self.partition.clusters == "any"
+        if self.data.near_duplicates != "off" and unused:
+            raise ValueError(
+                f"data.near-duplicates={self.data.near_duplicates} finds what data.duplicates=keep and "
+                "partition.clusters=any do nothing about: change one of the two, or set data.near-duplicates=off"
+            )
+        usual = DpConfig()
+        changed = [name for name in DpConfig.model_fields if getattr(self.dp, name) != getattr(usual, name)]
+        if changed and not self.private:
+            raise ValueError(
+                f"{', '.join(f'dp.{dashed(name)}' for name in changed)} set with dp.mode=off, which adds no noise: set "
+                "dp.mode, or leave them at their defaults"
             )
 
     def visits(self, samples: int) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 from flwr.common.logger import log
 
+from ret_fl.files import as_line
+
 JOINED, REFUSED, GONE, BACK = "node joined", "node refused", "node gone", "node back"
 SENT, ANSWERED, FAILED, TRAINED = "order sent", "order answered", "order failed", "shard trained"
 ROUND, MOVED = "round finished", "samples moved"
@@ -37,14 +39,14 @@ class Journal:
         level: int = INFO,
         **more: object,
     ) -> None:
-        """One event. `more` must be JSON; lists go to the file only."""
+        """One event. `more` must be JSON, but for NaN, which the file has as null; lists go to the file only."""
         where = {k: v for k, v in (("round", round), ("shard", shard), ("node", node)) if v is not None}
         log(level, "%s", as_text(event, {"run": self.run} | where | more))
         if self.path is None:
             return
         entry = {"time": time.time(), "level": getLevelName(level), "event": event, "run": self.run} | where | more
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(as_line(entry))
 
 
 def as_text(event: str, fields: Event) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,19 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.write_text(text)
     sync(temporary)
     temporary.replace(path)
+
+
+def as_line(entry: Mapping[str, Any]) -> str:
+    """A line of a .jsonl file, line break and all. What JSON has no number for, NaN and infinities, is null."""
+    return json.dumps(_told(entry), allow_nan=False) + "\n"
+
+
+def _told(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _told(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

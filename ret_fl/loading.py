@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ret_fl.config import ConfigError, RunConfig
-from ret_fl.plugins import AUDITORS, POINTS, SHARD_POLICIES, Point
+from ret_fl.plugins import AGGREGATION, AUDITORS, POINTS, SHARD_POLICIES, Point
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 """package.module:name, and nothing else that a file name or URL could be."""
@@ -49,7 +49,7 @@ def load(point: Point, text: str, options: str = "") -> list[Plugin]:
     given = parse_options(point.options, options)
     found = [(name, _target(point, name)) for name in names(point, text) if name not in point.words]
     known = {key for _, target in found for key in _fields(point, target)}
-    unknown = [key for key in given if _plain(key) not in known]
+    unknown = [key for key in given if plain(key) not in known]
     if unknown:
         takers = ", ".join(sorted(k.replace("_", "-") for k in known))
         raise ConfigError(
@@ -75,7 +75,7 @@ def foreign_plugins(config: RunConfig) -> list[str]:
     """Each plug-in of a run that did not come with ret-fl, in words: setting, name, package and version, options."""
     flat = config.to_flat()
     told = []
-    for point in POINTS:
+    for point in (*POINTS, AGGREGATION):
         for name in names(point, str(flat[point.setting])):
             source = _source(point, name)
             if source != BUILT_IN and name not in point.words:
@@ -85,8 +85,11 @@ def foreign_plugins(config: RunConfig) -> list[str]:
 
 
 def names(point: Point, text: str) -> list[str]:
-    """The names in a value of the point's setting."""
-    parts = [part.strip() for part in text.split("+")] if point.several else [text.strip()]
+    """The names in a value of the point's setting. Raises `ConfigError` for one that is there twice."""
+    text = point.by_name(text.strip())
+    parts = [part.strip() for part in text.split("+")] if point.several else [text]
+    if twice := next((part for part in parts if parts.count(part) > 1), None):
+        raise ConfigError(f"{point.setting}: {twice!r} is named twice (got {text!r})")
     if "none" in point.words and "none" in parts and len(parts) > 1:
         raise ConfigError(f"{point.setting}: 'none' stands alone (got {text!r})")
     return parts
@@ -138,7 +141,7 @@ def _entry(point: Point, name: str) -> EntryPoint:
             raise ConfigError(f"{point.setting}: {name!r} is no plug-in's path: write package.module:name")
         return EntryPoint(name, name, point.group)
     every = list(entries(point))
-    matching = [entry for entry in every if entry.name == name]
+    matching = [entry for entry in every if entry.name == name and not _shadowed(point, entry)]
     if len(matching) > 1:
         owners = " and ".join(source_of(entry) for entry in matching)
         paths = " or ".join(entry.value for entry in matching)
@@ -153,16 +156,27 @@ def _entry(point: Point, name: str) -> EntryPoint:
     return matching[0]
 
 
-def _target(point: Point, name: str) -> Any:
-    """The function or class itself."""
+def _shadowed(point: Point, entry: EntryPoint) -> bool:
+    """Whether a package registers a name that is ret-fl's own: alone it goes on to mean what comes along."""
+    return entry.dist is not None and (entry.name in point.built_in or entry.name in point.words)
+
+
+def imported(point: Point, name: str) -> Any:
+    """What a name or path stands for, neither checked nor called. Raises `ConfigError` if it cannot be imported."""
     entry = _entry(point, name)
     try:
-        target = entry.load()
+        return entry.load()
     except Exception as error:  # importing runs code of others, which may raise anything
+        where = "on the server and on every client" if point.side == "client" else f"where the {point.side} runs"
         raise ConfigError(
             f"{point.setting}: {name!r} cannot be imported here: {type(error).__name__}: {error}. Install the package "
-            "it is in, on the server and on every client"
+            f"it is in, {where}"
         ) from error
+
+
+def _target(point: Point, name: str) -> Any:
+    """The function or class itself."""
+    target = imported(point, name)
     taken = _parameters(target)
     if taken != point.parameters:
         has = "cannot be called" if taken is None else f"is called with ({', '.join(taken)})"
@@ -196,7 +210,8 @@ def settings_model(target: Any) -> type[BaseModel] | None:
     return getattr(target, "Settings", None) if isinstance(target, type) else None
 
 
-def _plain(key: str) -> str:
+def plain(key: str) -> str:
+    """Dashes in the names of options count as underscores."""
     return key.replace("-", "_")
 
 
@@ -224,7 +239,7 @@ def _settings(point: Point, name: str, target: Any, given: Mapping[str, Any]) ->
     model = settings_model(target)
     if model is None:
         return None
-    own = {_plain(key): value for key, value in given.items() if _plain(key) in model.model_fields}
+    own = {plain(key): value for key, value in given.items() if plain(key) in model.model_fields}
     try:
         return model.model_validate(own)
     except ValidationError as error:
@@ -244,7 +259,7 @@ def _explained(point: Point, name: str, model: type[BaseModel], error: Validatio
 
 
 def _meaning(model: type[BaseModel], key: str) -> str:
-    field = model.model_fields.get(_plain(key))
+    field = model.model_fields.get(plain(key))
     return (field.description if field else None) or ""
 
 
@@ -271,12 +286,21 @@ class Line:
     settings: list[str]
 
 
-def overview(point: Point) -> Iterator[Line]:
+def described(point: Point, name: str) -> tuple[str, list[str]]:
+    """What a plug-in is about, and its settings in words. Raises `ConfigError` as `load`."""
+    target = _target(point, name)
+    return about(target), list(_settings_told(point, target))
+
+
+def overview(point: Point, describe: Callable[[Point, str], tuple[str, list[str]]] = described) -> Iterator[Line]:
     """Every plug-in of a point that has a name, its words too. One that cannot be used says why."""
     for entry in entries(point):
+        if _shadowed(point, entry):
+            yield Line(entry.name, source_of(entry), f"by its path only, {entry.value}: the name is ret-fl's own", [])
+            continue
         try:
-            target = _target(point, entry.name)
-            yield Line(entry.name, source_of(entry), about(target), list(_settings_told(point, target)))
+            what, settings = describe(point, entry.name)
+            yield Line(entry.name, source_of(entry), what, settings)
         except ConfigError as error:
             yield Line(entry.name, source_of(entry), f"cannot be used: {error}", [])
     for name, meaning in point.words.items():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    from flwr.serverapp.strategy import Strategy
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -77,6 +78,13 @@ class Auditor(Protocol):
         """Numbers by name, for audit.json and the report."""
 
 
+class StrategyFactory(Protocol):
+    """Makes what averages the proxies: a Flower Strategy's class, or a function annotated to return one."""
+
+    def __call__(self, **options: Any) -> Strategy:
+        """Called with aggregation.options, on the server, before the first round."""
+
+
 @dataclass(frozen=True)
 class Point:
     """A plug-in point.
@@ -104,6 +112,12 @@ class Point:
     def parameters(self) -> list[str]:
         """What a plug-in is called with."""
         return list(inspect.signature(self.protocol.__call__).parameters)[1:]
+
+    def by_name(self, text: str) -> str:
+        """A value of the setting with every built-in by its name, where it gives the path of one."""
+        known = {path: name for name, path in self.built_in.items()}
+        parts = text.split("+") if self.several else [text]
+        return "+".join(known.get(part.strip(), part) for part in parts)
 
 
 def _own(module: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -165,3 +179,15 @@ AUDITORS = Point(
     several=True,
 )
 POINTS = (SHARD_POLICIES, GATES, AUGMENTERS, POLICIES, AUDITORS)
+FLOWERS = (
+    "FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"
+)  # fmt: skip
+AGGREGATION = Point(
+    "strategy",
+    "ret_fl.strategies",
+    "aggregation.strategy",
+    StrategyFactory,
+    "server",
+    {name.lower(): f"flwr.serverapp.strategy:{name}" for name in FLOWERS},
+)
+"""Not one of POINTS: what is named makes a Strategy and is not called itself (ret_fl/aggregation.py)."""

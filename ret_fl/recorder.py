@@ -6,7 +6,6 @@ each other: that is the moment a round is recorded, and only then is it done.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from ret_fl.devices import resolve_device
 from ret_fl.diffusion.objective import Objective
 from ret_fl.diffusion.proxymodel import load_trained, open_model
 from ret_fl.evaluation import fixed_losses
-from ret_fl.files import write_atomically
+from ret_fl.files import as_line, write_atomically
 from ret_fl.history import forget_phases_after, phase_of, save_phase
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, unpack_state
@@ -75,7 +74,7 @@ class RunRecorder:
     def _forget_rounds_after(self, round: int) -> None:
         """A resumed run does rounds again whose rows may be there already."""
         rows = [row for row in self.run.rows() if row["round"] <= round]
-        write_atomically(self.run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(self.run.metrics, "".join(map(as_line, rows)))
         forget_phases_after(self.run.history, round)
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -94,15 +93,16 @@ class RunRecorder:
         save_phase(self.run.history, phase_of(last, self.strategy.ledger))
         # the row first: a round without checkpoint is done again and its row taken back, a lost row stays lost
         with self.run.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(as_line(row))
             file.flush()
             os.fsync(file.fileno())
         self._checkpoint(last.round, weights)
-        metrics = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        metrics = {k: v for k, v in numbers.items() if math.isfinite(v)}
         for key, value in metrics.items():
             self.board.add_scalar(key, value, last.round)
         self.board.flush()
-        return MetricRecord({k: v for k, v in metrics.items() if math.isfinite(v)})
+        return MetricRecord({**metrics})
 
     def _checkpoint(self, round: int, weights: State) -> None:
         s = self.strategy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -100,5 +101,12 @@ class RunDir:
         write_atomically(self.config, json.dumps(flat, indent=2) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, a dict a finished round; a half-written last line is left out."""
-        return read_lines(self.metrics)
+        """metrics.jsonl, a dict a finished round; a half-written last line is left out.
+
+        A loss that was not told (dp.mode), null in the file, is NaN: plots and exporters leave it out.
+        """
+        rows = read_lines(self.metrics)
+        for told in (part for row in rows for part in (row, *row.get("shards", {}).values())):
+            if told.get("loss", 0.0) is None:
+                told["loss"] = math.nan
+        return rows

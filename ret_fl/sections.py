@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from ret_fl.plugins import AGGREGATION, AUDITORS, AUGMENTERS, GATES, POLICIES, SHARD_POLICIES
 
 
 def dashed(name: str) -> str:
@@ -142,7 +144,7 @@ class ServiceConfig(Section):
 
 
 class PartitionConfig(Section):
-    scheme: str = Field(
+    scheme: Annotated[str, AfterValidator(SHARD_POLICIES.by_name)] = Field(
         "iid",
         description="How samples are first dealt to shards: iid (class-balanced), shuffled, class (whole classes a "
         "shard), dirichlet (over classes), file (as it says), or a plug-in (docs/extending.md).",
@@ -269,7 +271,7 @@ class EmaConfig(Section):
 
 
 class AgcConfig(Section):
-    mode: str = Field(
+    mode: Annotated[str, AfterValidator(GATES.by_name)] = Field(
         "off",
         description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
         "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate; or a "
@@ -314,7 +316,7 @@ class TaaConfig(Section):
     momentum: float = Field(0.5, ge=0, lt=1, description="next-visit: how much of the old strength a visit keeps.")
     magnitude: float = Field(5.0, ge=0, le=30, description="RandAugment magnitude (of 30) at full strength.")
     ops: int = Field(2, ge=1, le=4, description="Random operations an image goes through.")
-    policy: str = Field(
+    policy: Annotated[str, AfterValidator(AUGMENTERS.by_name)] = Field(
         "auto",
         description="Operations: 'glyph' moves shapes only, 'photo' adds flips and colour; auto: by source; or a "
         "plug-in (docs/extending.md).",
@@ -323,7 +325,7 @@ class TaaConfig(Section):
 
 
 class RedistributionConfig(Section):
-    policy: str = Field(
+    policy: Annotated[str, AfterValidator(POLICIES.by_name)] = Field(
         "balance+quarantine",
         description="What the server does with reported sample IDs; several joined by '+': balance (high-loss IDs "
         "from the worst-fitted shard to the best), quarantine (memorized IDs are visited less), memorized (MSR, the "
@@ -363,12 +365,12 @@ class QuarantineConfig(Section):
 
 
 class AggregationConfig(Section):
-    strategy: str = Field(
+    strategy: Annotated[str, AfterValidator(AGGREGATION.by_name)] = Field(
         "fedavg",
         min_length=1,
         description="The Flower Strategy that makes one model of the proxies: fedavg, fedavgm, fedadam, fedyogi, "
-        "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum; or pkg.mod:Factory, a callable that returns one "
-        "(docs/aggregation.md).",
+        "fedadagrad, fedmedian, fedtrimmedavg, krum, multikrum; or pkg.mod:Factory, a Strategy's class or a function "
+        "annotated to return one (docs/aggregation.md).",
     )
     options: str = Field(
         "",
@@ -410,7 +412,7 @@ class DpConfig(Section):
 
 
 class AuditConfig(Section):
-    auditors: str = Field(
+    auditors: Annotated[str, AfterValidator(AUDITORS.by_name)] = Field(
         "none",
         description="What the audit at a run's end measures beside its own numbers; several joined by '+': variety "
         "(how far samples lie from each other), plug-ins (docs/extending.md), or none.",

@@ -122,6 +122,12 @@ def change_run(path: Path, settings: Mapping[str, Scalar]) -> tuple[RunDir, RunC
             "start a new run to change that"
         )
     config = RunConfig.from_flat(before | dict(settings))
+    norm = "dp.clipping-norm"
+    if "adaptive" in config.dp.mode and settings.get(norm, before[norm]) != before[norm]:
+        raise ConfigError(
+            f"{norm} is where dp.mode={config.dp.mode} starts from, and a resumed run goes on with the norm it has "
+            "come to (clipping_norm in metrics.jsonl); start a new run to change that"
+        )
     if config.averages != RunConfig.from_flat(before).averages:
         raise ConfigError(
             f"a resumed run keeps its proxies together or apart: aggregate-every={before['aggregate-every']} cannot "

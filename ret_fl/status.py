@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -191,8 +192,9 @@ def _headline(status: RunStatus, now: float) -> str:
     text = f"{status.name}: {status.done} of {status.rounds} rounds, {state}"
     if status.last:
         row = status.last
+        loss = f"loss {row['loss']:.4f}" if math.isfinite(row["loss"]) else "no losses told"
         text += (
-            f"\nloss {row['loss']:.4f}, skipped {row['skip_rate']:.1%}, moved {row['moved']}, in quarantine "
+            f"\n{loss}, skipped {row['skip_rate']:.1%}, moved {row['moved']}, in quarantine "
             f"{row['quarantined']}, {_rate(row['images_per_second'])} images/s"
         )
     return text

@@ -29,6 +29,7 @@ from ret_fl.ledger import ShardLedger
 from ret_fl.loading import foreign_plugins, points_of, require_plugins
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
+from ret_fl.redistribution import parse_policy
 from ret_fl.roster import Roster
 from ret_fl.rundir import RunDir
 from ret_fl.samples.grants import Signer
@@ -48,6 +49,8 @@ def main(grid: Grid, context: Context) -> None:
         _warn_of_ignored(config, run.read_config())
     else:
         require_plugins(config)
+        parse_policy(config.redistribution.policy, config.redistribution.options)
+        make_base(config)
         run = RunDir.begin(config)
     with run.locked(config.wait_seconds):
         _conduct(grid, context, run)

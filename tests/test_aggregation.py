@@ -20,6 +20,7 @@ from ret_fl.aggregation import base_state, make_base
 from ret_fl.averaging import needs_the_mean_only
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import ConfigError, RunConfig, Scalar
+from ret_fl.loading import foreign_plugins
 from ret_fl.packing import State
 from ret_fl.protocol import ARRAYS
 
@@ -173,11 +174,17 @@ def test_only_robust_strategies_survive_scaled_garbage(
         ("krum", "", {"shards": 4}, r"aggregation.strategy=krum needs 5 replies .* shards=4"),
         ("krum", "num_malicious_nodes = 2", FIVE, r"needs 7 replies a round to outvote num_malicious_nodes=2"),
         ("krum", "", {"shards": 5, "quorum": 0.5}, r"quorum=0.5 may leave 3: raise shards or quorum"),
-        ("krum", "num_malicious_nodes = -1", FIVE, "must not be negative"),
+        ("krum", "num_malicious_nodes = 0", FIVE, "num_malicious_nodes = 0 must be finite and 1 or more"),
         ("multikrum", "num_nodes_to_select = 3", FIVE, r"num_nodes_to_select must be in 1\.\.2 .* got 3"),
         ("fedtrimmedavg", "", {"shards": 4, "quorum": 1}, r"needs 5 replies a round to trim one .* beta=0.2"),
-        ("fedtrimmedavg", "beta = 0.6", FIVE, r"aggregation.options for .*fedtrimmedavg: `beta`"),
-        ("fedtrimmedavg", "beta = 0", FIVE, "beta must be above 0"),
+        ("fedtrimmedavg", "beta = 0.5", FIVE, "beta = 0.5 must be finite and above 0 and below 0.5"),
+        ("fedtrimmedavg", "beta = 0", FIVE, "beta = 0 must be finite and above 0"),
+        ("fedadam", "eta = 0", {}, "eta = 0 must be finite and above 0"),
+        ("fedadam", "tau = nan", {}, "tau = nan must be finite"),
+        ("fedadam", "tau = 1" + 400 * "0", {}, "must be finite"),
+        ("fedyogi", "beta-2 = 1.0", {}, r"beta_2 = 1.0 must be finite and in \[0, 1\)"),
+        ("fedavgm", "server-momentum = -0.1", {}, r"server_momentum = -0.1 must be finite and in \[0, 1\)"),
+        ("fedavgm", "server_learning_rate = inf", {}, "server_learning_rate = inf must be finite"),
         ("fedmedian", "", {"shards": 2, "quorum": 1}, "needs 3 replies a round so that two outvote one"),
         ("fedadam", "etta = 1.0", {}, r"etta unknown: .*fedadam takes eta, beta_1, beta_2, tau"),
         ("fedadam", "eta_l = 1.0", {}, "eta_l unknown"),
@@ -186,10 +193,17 @@ def test_only_robust_strategies_survive_scaled_garbage(
         ("krum", "num_malicious_nodes = 1.5", FIVE, "num_malicious_nodes = 1.5 must be a whole number"),
         ("fedavg", "eta = 1.0", {}, "aggregation.strategy=fedavg takes none"),
         ("fedadam", "eta: 1.0", {}, r"aggregation.options must be KEY = VALUE, .* \(got 'eta: 1.0'\)"),
-        ("fedadamm", "", {}, r"aggregation.strategy=fedadamm: unknown; one of fedavg, .* or pkg.mod:Factory"),
-        ("no_such_module:Thing", "", {}, "cannot be found where the server runs"),
-        ("test_aggregation:NOT_CALLABLE", "", {}, "is a int, not a callable"),
-        ("test_aggregation:not_a_strategy", "", {}, "returned a str, not a Flower Strategy"),
+        ("fedadamm", "", {}, r"aggregation.strategy: no strategy 'fedadamm'; take one of fedavg \| .* package.m"),
+        ("no_such_module:Thing", "", {}, "'no_such_module:Thing' cannot be imported here: ModuleNotFoundError"),
+        ("own_plugins.py:Thing", "", {}, "cannot be imported here"),
+        ("../own_plugins:Thing", "", {}, "write package.module:name"),
+        ("test_aggregation:NOT_CALLABLE", "", {}, "is a int that is neither a subclass"),
+        ("test_aggregation:not_a_strategy", "", {}, "is a function that is neither .* nor a function annotated"),
+        ("test_aggregation:unannotated", "", {}, "is a function that is neither"),
+        ("test_aggregation:misread", "", {}, "its annotations cannot be read: NameError"),
+        ("test_aggregation:lying", "", {}, "returned a str, not a Flower Strategy"),
+        ("test_aggregation:failing", "", {}, r"cannot be made: KeyError: 'no luck' \(aggregation.options\)"),
+        ("flwr.serverapp.strategy:Strategy", "", {}, "cannot be made: TypeError: Can't instantiate abstract class"),
         ("test_aggregation:halfway", "way = 1", {}, r"unexpected keyword argument 'way'; .*halfway takes share"),
     ],
 )  # fmt: skip
@@ -198,6 +212,27 @@ def test_what_cannot_work_is_refused_by_setting(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         make_base(tiny({"quorum": 0.5}, settings(strategy, options), more))
+
+
+@pytest.mark.parametrize("path", ["os:system", "subprocess:run", "subprocess:Popen", "builtins:exec", "builtins:print"])
+def test_no_setting_calls_what_makes_no_strategy(tiny: Tiny, tmp_path: Path, path: str) -> None:
+    touched = tmp_path / "touched"
+    for parameter in ("command", "args", "source"):
+        with pytest.raises(ConfigError, match=rf"aggregation\.strategy={path} is a \w+ that is neither"):
+            make_base(tiny(settings(path, f"{parameter} = 'touch {touched}', shell = true")))
+        with pytest.raises(ConfigError, match="that is neither"):
+            make_base(tiny(settings(path, f"{parameter} = 'touch {touched}'")))
+    assert not touched.exists()
+
+
+def test_flowers_warning_of_what_is_meant_is_not_given_and_others_are(
+    tiny: Tiny, flower_log: pytest.LogCaptureFixture
+) -> None:
+    for name in ("fedavg", "fedadam", "test_aggregation:halfway", "test_aggregation:warning"):
+        make_base(tiny(settings(name)))
+    assert {record.getMessage() for record in flower_log.records} == {"a warning of its own"}
+    FedAvg(fraction_evaluate=0.0)
+    assert "fraction_evaluate is set to 0.0" in flower_log.text
 
 
 def test_a_run_with_too_few_shards_trains_nothing(tiny: Tiny, tmp_path: Path) -> None:
@@ -218,7 +253,28 @@ NOT_CALLABLE = 3
 
 
 def not_a_strategy() -> str:
-    return "fedavg"
+    raise AssertionError("it is called")
+
+
+def unannotated():  # type: ignore[no-untyped-def]
+    raise AssertionError("it is called")
+
+
+def misread() -> Nowhere:  # type: ignore[name-defined]  # noqa: F821
+    raise AssertionError("it is called")
+
+
+def lying() -> FedAvg:
+    return "fedavg"  # type: ignore[return-value]
+
+
+def failing() -> FedAvg:
+    raise KeyError("no luck")
+
+
+def warning() -> FedAvg:
+    logging.getLogger("flwr").warning("a warning of its own")
+    return FedAvg()
 
 
 class Halfway(FedAvg):
@@ -261,7 +317,16 @@ def test_a_strategy_of_ones_own_is_named_by_its_path(tiny: Tiny, federate: Feder
     whole = mean(1, fed.start, [(r.num_examples, state) for r, state in seen.replies if state])
     expected = {k: 0.75 * v + 0.25 * whole[k] for k, v in fed.start.items()}
     assert furthest(final, expected) < 1e-5
-    assert isinstance(make_base(tiny(settings("flwr.serverapp.strategy:FedMedian"))), FedMedian)
+
+
+def test_a_path_of_flowers_own_is_its_name(tiny: Tiny) -> None:
+    config = tiny(FIVE, settings("flwr.serverapp.strategy:FedMedian"))
+    assert config.aggregation.strategy == "fedmedian" and foreign_plugins(config) == []
+    assert isinstance(make_base(config), FedMedian)
+    own = tiny(settings("test_aggregation:halfway", "share = 0.25"))
+    assert foreign_plugins(own) == [
+        "aggregation.strategy: test_aggregation:halfway (by its path, aggregation.options: share = 0.25)"
+    ]
 
 
 # --- across an interruption --------------------------------------------------------------------------------------

@@ -127,11 +127,35 @@ def test_all_bad_values_are_named_at_once() -> None:
         ({"diffusion.beta-start": 0.5}, r"diffusion\.beta-end must not be below diffusion\.beta-start"),
         ({"agc.warm-passes": 1, "agc.mode": "sample"}, r"set agc\.warm-passes=0"),
         ({"taa.mode": "next-visit", "agc.mode": "off"}, r"set agc\.mode=agc \(got off\)"),
+        ({"taa.mode": "next-visit", "agc.mode": "ret_fl.mitigation.agc:off"}, r"set agc\.mode=agc \(got off\)"),
+        ({"aggregate-every": 0, "optimizer.proximal-mu": 0.1}, r"set optimizer\.proximal-mu=0, or aggregate-every"),
+        ({"redistribution.policy": "none", "redistribution.control": "all"}, r"set redistribution\.control=off"),
+        ({"data.near-duplicates": "phash", "data.duplicates": "keep"}, r"or set data\.near-duplicates=off"),
+        ({"dp.audit": True, "dp.delta": 0.1}, r"dp\.delta, dp\.audit set with dp\.mode=off, which adds no noise"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flat: dict[str, Scalar], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_flat(flat)
+
+
+def test_near_duplicates_are_looked_for_where_something_is_done_about_them() -> None:
+    for use in ({"data.duplicates": "drop"}, {"data.duplicates": "keep", "partition.clusters": "gather"}):
+        assert RunConfig.from_flat({"data.near-duplicates": "cosine", **use}).data.near_duplicates == "cosine"
+
+
+def test_a_built_in_has_its_name_though_its_path_is_given() -> None:
+    paths = {
+        "agc.mode": "ret_fl.mitigation.agc:off",
+        "partition.scheme": "ret_fl.data.partition:by_class",
+        "redistribution.policy": "ret_fl.redistribution:balance + quarantine+own_plugins:First",
+    }
+    flat = RunConfig.from_flat(paths).to_flat()
+    assert {key: flat[key] for key in paths} == {
+        "agc.mode": "off",
+        "partition.scheme": "class",
+        "redistribution.policy": "balance+ quarantine+own_plugins:First",
+    }
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:

@@ -19,14 +19,15 @@ from ledgers import ledger_of, report, rng
 from orders import ALL_T, SKIP_ALL, Tiny, differ, make_order, train
 from outcomes import killed_at
 
-from ret_fl import loading, plugins
+from ret_fl import loading, plugins, redistribution
+from ret_fl.aggregation import STRATEGIES, make_base
 from ret_fl.audit.folder import load_audit
 from ret_fl.audit.inputs import Options
 from ret_fl.auditing import audit_folder, audit_model, own_auditors, own_drawing
 from ret_fl.config import ConfigError, PartitionConfig, RedistributionConfig, RunConfig, Scalar
 from ret_fl.data.partition import partition
 from ret_fl.ledger import LedgerError
-from ret_fl.loading import load
+from ret_fl.loading import foreign_plugins, load
 from ret_fl.mitigation.agc import gated_mean
 from ret_fl.plugins import AUDITORS, AUGMENTERS, GATES, POINTS, POLICIES, SHARD_POLICIES, Point
 from ret_fl.redistribution import parse_policy, propose
@@ -83,6 +84,10 @@ REFUSED: dict[str, tuple[Point, str, str, list[str]]] = {
     "a missing option": (POLICIES, "own_plugins:Demanding", "", ["redistribution.options", "goal. Which goal."]),
     "options that are no TOML": (POLICIES, "own_plugins:First", "count 3", ["redistribution.options must be KEY"]),
     "options that are two tables": (POLICIES, "own_plugins:First", "count = 2}\nmore = {a = 1", ["more than one"]),
+    "a plug-in named twice": (
+        POLICIES, "balance + ret_fl.redistribution:balance", "", ["redistribution.policy: 'balance' is named twice"],
+    ),
+    "a word named twice": (POLICIES, "quarantine+balance+quarantine", "", ["'quarantine' is named twice"]),
     "none with others": (AUDITORS, "none+variety", "", ["audit.auditors: 'none' stands alone"]),
 }  # fmt: skip
 
@@ -119,7 +124,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 2.5\n")
     (info / "entry_points.txt").write_text(
-        "[ret_fl.policies]\nbalance = own_plugins:First\nfirst = own_plugins:First\ngone = nowhere:Gone\n"
+        "[ret_fl.policies]\nbalance = own_plugins:First\nquarantine = own_plugins:First\nnone = own_plugins:First\n"
+        "first = own_plugins:First\ngone = nowhere:Gone\n"
+        "[ret_fl.strategies]\nhalfway = test_aggregation:halfway\nshell = os:system\nkrum = test_aggregation:halfway\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     loading._installed.cache_clear()
@@ -131,11 +138,34 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_a_package_registers_a_plugin_by_name_and_replaces_no_other(installed: Path) -> None:
     (found,) = load(POLICIES, "first", "count = 2")
     assert (found.source, found.settings) == ("some-package 2.5", own_plugins.First.Settings(count=2))
+    assert [(p.source, p.call) for p in load(POLICIES, "balance+quarantine")] == [("built-in", redistribution.balance)]
+    assert load(POLICIES, "none") == []
+    assert foreign_plugins(RunConfig()) == []
+    (path,) = load(POLICIES, "ret_fl.redistribution:balance")
+    assert (path.name, path.source, path.call) == ("balance", "built-in", redistribution.balance)
+
+
+def test_two_packages_of_one_name_are_told_apart_by_path(installed: Path) -> None:
+    second = installed / "other-1.dist-info"
+    second.mkdir()
+    (second / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (second / "entry_points.txt").write_text("[ret_fl.policies]\nfirst = own_plugins:Demanding\n")
     with pytest.raises(
-        ConfigError, match=r"built-in and some-package 2\.5 both have a plug-in 'balance': name it by its"
+        ConfigError, match=r"both have a plug-in 'first': name it by its path, own_plugins:\w+ or own_p"
     ):
-        load(POLICIES, "balance")
-    assert load(POLICIES, "ret_fl.redistribution:balance")
+        load(POLICIES, "first")
+
+
+def test_a_package_registers_a_strategy(installed: Path, tiny: Tiny) -> None:
+    config = tiny({"aggregation.strategy": "halfway", "aggregation.options": "share = 0.25"})
+    assert type(make_base(config)).__name__ == "Halfway"
+    assert foreign_plugins(config) == [
+        "aggregation.strategy: halfway (some-package 2.5, aggregation.options: share = 0.25)"
+    ]
+    with pytest.raises(ConfigError, match=r"aggregation\.strategy=shell is a builtin_\w+ that is neither"):
+        make_base(tiny({"aggregation.strategy": "shell", "aggregation.options": "command = 'true'"}))
+    five: Mapping[str, Scalar] = {"shards": 5, "quorum": 1.0, "aggregation.strategy": "krum"}
+    assert type(make_base(tiny(five))).__name__ == "Krum"
 
 
 def test_the_command_lists_every_plugin_with_its_package_and_settings(
@@ -146,10 +176,18 @@ def test_the_command_lists_every_plugin_with_its_package_and_settings(
     for point in POINTS:
         assert f"{point.setting}  called with ({', '.join(point.parameters)}), {point.side}" in shown
         assert [name for name in (*point.built_in, *point.words) if name not in shown] == []
-    lines = {line.split()[0]: line for line in shown.splitlines() if line.startswith("  ")}
+    told = [line for line in shown.splitlines() if line.startswith("  ") and line[2] != " "]
+    lines = {line.split()[0]: line for line in told}
     assert "some-package 2.5" in lines["first"] and own_plugins.First.__doc__ in lines["first"]
     assert "cannot be used" in lines["gone"] and "No module named 'nowhere'" in lines["gone"]
     assert "redistribution.options: from-shard = -1: Only from this shard; -1: from all." in shown
+    assert "aggregation.strategy  called with (options), server, entry points ret_fl.strategies" in shown
+    assert [name for name in STRATEGIES if name not in lines] == []
+    assert "aggregation.options: server_momentum = 0.9" in shown and "eta_l" not in shown
+    assert "aggregation.options: share = 0.5" in shown and "that is neither a subclass" in lines["shell"]
+    hidden = [line for line in told if "by its path only" in line]
+    assert [line.split()[0] for line in hidden] == ["balance", "quarantine", "none", "krum"]
+    assert "own_plugins:First" in hidden[0] and "test_aggregation:halfway" in hidden[3]
 
 
 # --- what plug-ins give back ------------------------------------------------------------------------------------
@@ -268,8 +306,10 @@ def test_a_node_without_the_gate_is_refused_and_the_run_says_what_is_missing(tin
 @pytest.mark.parametrize(
     "change",
     [{"redistribution.policy": "nowhere:Policy"}, {"agc.options": "soft = true"},
-     {"audit.auditors": "own_plugins:First"}, {"taa.policy": "photos"}],
-    ids=lambda c: next(iter(c)),
+     {"audit.auditors": "own_plugins:First"}, {"taa.policy": "photos"},
+     {"redistribution.policy": "memorized+random"}, {"aggregation.strategy": "nowhere:Make"},
+     {"aggregation.strategy": "krum"}, {"aggregation.options": "eta = 1"}],
+    ids=lambda c: "=".join(next(iter(c.items()))),
 )  # fmt: skip
 def test_a_run_with_a_bad_plugin_ends_before_it_begins(
     change: Mapping[str, Scalar], tiny: Tiny, tmp_path: Path
@@ -280,6 +320,8 @@ def test_a_run_with_a_bad_plugin_ends_before_it_begins(
     told = ret_fl("run", "--out", tmp_path / "run", *(f"--set={k}={v}" for k, v in change.items()))
     assert told.exit_code == 1 and next(iter(change)) in told.output
     assert not (tmp_path / "run").exists()
+    told = ret_fl("doctor", *(f"--set={k}={v}" for k, v in change.items()))
+    assert told.exit_code == 1 and next(iter(change)) in told.output
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

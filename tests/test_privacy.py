@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -10,18 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Federation, run_server
+from conftest import Federation, ret_fl, run_server
 from federations import UNEQUAL, Recorder
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideAdaptiveClipping, FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
 from outcomes import Killed
+from rich.console import Console
 from scipy.stats import norm
 from test_bad_replies import array
 
-import ret_fl.recorder
 from clients.app import app as client_app
+from ret_fl import recorder
 from ret_fl.aggregation import base_state, make_base, restore_base
 from ret_fl.background import background_of
 from ret_fl.checkpoint import Checkpoint, load_latest, save_checkpoint
@@ -29,7 +31,11 @@ from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.packing import State
 from ret_fl.privacy import PrivacyLog, Release, ServerSideAdaptive, epsilon, joint, wrapper_of
 from ret_fl.progress import describe_row
+from ret_fl.prometheus import RunCollector
 from ret_fl.protocol import REPORT, TrainOrder
+from ret_fl.rundir import RunDir
+from ret_fl.settings import change_run
+from ret_fl.status import read_status, render
 from ret_fl.strategy import FederationError
 
 Tiny = Callable[..., RunConfig]
@@ -216,6 +222,13 @@ def test_a_run_tells_epsilon_round_by_round(
         so_far = sum(round <= row["round"] for round in released)
         assert row["epsilon"] == pytest.approx(epsilon([3.0] * so_far, 1e-4))
         assert math.isnan(row["loss"]) and "train_loss" not in row
+    for file in (run.metrics, run.events):
+        told = [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+        assert any("loss" in entry and entry["loss"] is None for entry in told)
+    assert "no losses told" in text_of(run) and "nan" not in text_of(run)
+    families = {family.name: family.samples for family in RunCollector(run).collect()}
+    assert not families["ret_fl_loss"] and not families["ret_fl_shard_loss"] and families["ret_fl_held_out_loss"]
+    assert (run.path / "curves.png").is_file()
     assert math.isfinite(rows[-1]["held_out_loss"])
     assert f"epsilon {rows[-1]['epsilon']:.4g} at delta 0.0001" in run.summary.read_text()
     assert describe_row(rows[0], 3).startswith("round 1/3  no losses told  skipped")
@@ -225,6 +238,13 @@ def test_a_run_tells_epsilon_round_by_round(
     if audited:
         assert f"epsilon {rows[-1]['epsilon']:.4g} at delta" in (run.audit / "report.html").read_text()
     assert training.final_train_loss is None and training.final_held_out_loss == rows[-1]["held_out_loss"]
+
+
+def text_of(run: RunDir) -> str:
+    """What `ret-fl status` says."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(render(read_status(run)))
+    return console.export_text()
 
 
 def load_splits_of(config: RunConfig):  # type: ignore[no-untyped-def]
@@ -243,7 +263,7 @@ def test_a_round_done_again_counts_again(tiny: Tiny, tmp_path: Path) -> None:
 
     config, out = tiny(private("server-adaptive")), tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ret_fl.recorder, "save_checkpoint", dying)
+        patch.setattr(recorder, "save_checkpoint", dying)
         run_server(config, out)
     before = load_latest(out / "checkpoints").base_state["clipping-norm"]
     run = run_server(config, out, resume=True)
@@ -309,6 +329,7 @@ def test_a_lost_shard_stops_the_run(tiny: Tiny, federate: Federate) -> None:
     [
         ({"redistribution.policy": "balance"}, "redistribution.policy=none"),
         ({"data.duplicates": "weight"}, "data.duplicates=keep"),
+        ({"partition.clusters": "spread"}, r"partition\.clusters=any"),
         ({"agc.mode": "agc"}, "agc.mode=off"),
         ({"quorum": 0.5}, "quorum=1"),
         ({"aggregate-every": 0}, "aggregate-every above 0"),
@@ -333,7 +354,27 @@ def test_all_that_is_missing_is_named_at_once() -> None:
         assert setting in str(refusal.value)
 
 
-def test_a_missing_accountant_is_named_before_training(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_accountant_is_named_before_training(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    config = tiny(private("server-fixed"))
     with pytest.raises(ConfigError, match=r"pip install 'ret-fl\[dp\]'"):
-        make_base(tiny(private("server-fixed")))
+        run_server(config, tmp_path / "run")
+    for command in (["run", "--out", tmp_path / "run"], ["doctor"]):
+        told = ret_fl(*command, *(f"--set={k}={v}" for k, v in private("server-fixed").items()))
+        assert told.exit_code == 1 and "pip install 'ret-fl[dp]'" in told.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_cannot_start_its_norm_anew(tmp_path: Path) -> None:
+    adaptive, fixed = (RunDir(tmp_path / mode) for mode in ("server-adaptive", "server-fixed"))
+    for run in (adaptive, fixed):
+        run.path.mkdir()
+        run.write_config(RunConfig.from_flat(private(run.path.name)))
+    before = adaptive.config.read_text()
+    with pytest.raises(ConfigError, match=r"dp\.clipping-norm is where dp\.mode=server-adaptive starts from"):
+        change_run(adaptive.path, {"dp.clipping-norm": 2.0})
+    assert adaptive.config.read_text() == before
+    change_run(adaptive.path, {"dp.clipping-norm": 1.0, "dp.norm-rate": 0.1})
+    assert change_run(fixed.path, {"dp.clipping-norm": 2.0})[1].dp.clipping_norm == 2
