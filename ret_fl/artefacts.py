@@ -108,6 +108,7 @@ def _summary(
     if measured:
         train, held = measured[-1].get("train_loss"), measured[-1].get("held_out_loss")
         whose = "final model" if config.averages else "proxies, their mean"
+        whose += " (EMA, which trails the raw weights in short runs)" if config.ema.decay else ""
         told = {name: f"{loss:.4f}" for name, loss in (("train", train), ("held-out", held)) if loss is not None}
         facts.append((f"loss of the {whose}, {' / '.join(told)}", " / ".join(told.values())))
     if "epsilon" in last:
