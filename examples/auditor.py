@@ -1,5 +1,6 @@
 """An auditor: copies of parts, which distances between whole images miss.
 
+python -m examples.auditor [FOLDER]        # in a clone: a tiny run, in one process
 ret-fl audit runs/mine --auditor examples.auditor:Parts --auditor-options 'tiles = 2'
 """
 
@@ -51,10 +52,11 @@ if __name__ == "__main__":
     settings: dict[str, Scalar] = {
         "audit.auditors": "examples.auditor:Parts",
         "audit.options": "tiles = 2",
-        "samples": 32,
-        "sample-steps": 5,
-        "data.limit": 60,
+        "samples": 16,
+        "sample-steps": 3,
+        "data.limit": 32,
         "num-server-rounds": 1,
+        "local-epochs": 1,
         "evaluate-every": 0,
     }
     print(run_here(settings, *sys.argv[1:]).summary.read_text())

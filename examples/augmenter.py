@@ -1,5 +1,6 @@
 """An augmenter: grain instead of moves and colours.
 
+python -m examples.augmenter [FOLDER]        # in a clone: a tiny run, in one process
 ret-fl run --set agc.mode=agc --set taa.mode=next-visit --set taa.policy=examples.augmenter:Grain
 """
 
@@ -34,8 +35,12 @@ if __name__ == "__main__":
         "taa.mode": "next-visit",
         "taa.policy": "examples.augmenter:Grain",
         "taa.options": "deviation = 0.2",
-        "data.limit": 60,
-        "num-server-rounds": 3,
+        "agc.bins": 5,
+        "shards": 2,
+        "batch-size": 4,
+        "data.limit": 32,
+        "num-server-rounds": 2,
+        "local-epochs": 2,
         "evaluate-every": 0,
         "samples": 0,
     }

@@ -1,5 +1,6 @@
 """A gate: where AGC skips a sample or not, this one lets its weight fall.
 
+python -m examples.gate [FOLDER]        # in a clone: a tiny run, in one process
 ret-fl run --set agc.mode=examples.gate:Soft --set 'agc.options=low = 0.5'
 """
 
@@ -34,9 +35,13 @@ if __name__ == "__main__":
     settings: dict[str, Scalar] = {
         "agc.mode": "examples.gate:Soft",
         "agc.options": "low = 0.5",
-        "data.limit": 60,
-        "num-server-rounds": 3,
-        "local-epochs": 4,
+        "agc.bias-correct": True,  # else losses seem high beside a bank that is still filling
+        "agc.bins": 5,
+        "shards": 2,
+        "batch-size": 4,
+        "data.limit": 32,
+        "num-server-rounds": 2,
+        "local-epochs": 1,
         "evaluate-every": 0,
         "samples": 0,
     }

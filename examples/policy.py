@@ -1,5 +1,6 @@
 """A redistribution policy: what is fitted best goes to another shard, where nobody has seen it yet.
 
+python -m examples.policy [FOLDER]        # in a clone: a tiny run, in one process
 ret-fl run --set redistribution.policy=examples.policy:PassOn+quarantine --set 'redistribution.options=top = 3'
 """
 
@@ -48,9 +49,9 @@ if __name__ == "__main__":
     settings: dict[str, Scalar] = {
         "redistribution.policy": "examples.policy:PassOn",
         "redistribution.options": "top = 2",
-        "data.limit": 60,
-        "num-server-rounds": 3,
-        "local-epochs": 2,
+        "data.limit": 32,
+        "num-server-rounds": 2,
+        "local-epochs": 1,
         "evaluate-every": 0,
         "samples": 0,
     }

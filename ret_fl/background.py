@@ -37,12 +37,13 @@ def background_of(run: RunDir, data: AuditData) -> Background:
         delta=rows[-1].get("delta") if rows else None,
         skips=schema.SkipCurve(timesteps=skips[0].tolist(), share=skips[1].tolist()) if skips else None,
     )
-    groups = {}
+    groups, dropped = {}, np.empty(0, np.int64)
     if load_splits(data_read(config)).train.fingerprint != data.train.fingerprint:
         warnings.warn(f"{run.path.name} was trained on other images than those it is audited against", stacklevel=2)
     elif run.ledger.is_file():
-        groups = _tails(ShardLedger.load(run.ledger), config.report_tail)
-    return Background(training, groups, rows, skips)
+        ledger = ShardLedger.load(run.ledger)
+        groups, dropped = _tails(ledger, config.report_tail), np.flatnonzero(~ledger.visited())
+    return Background(training, groups, rows, skips, dropped)
 
 
 def _tails(ledger: ShardLedger, share: float) -> dict[str, np.ndarray]:

@@ -55,6 +55,25 @@ def read_phases(folder: Path) -> Iterator[Phase]:
         yield Phase(round=int(path.stem.removeprefix("round-")), **columns)
 
 
+@dataclass(frozen=True)
+class SampleRound:
+    """One sample in one round, as in `Phase`; trained: whether its shard was."""
+
+    round: int
+    shard: int
+    visits: int
+    skips: int
+    trained: bool
+
+
+def follow(folder: Path, sample: int) -> Iterator[SampleRound]:
+    """One sample in every round that is there, in order; the samples of no more than one round are in memory."""
+    for phase in read_phases(folder):
+        shard = int(phase.shard[sample])
+        counts = int(phase.visits[sample]), int(phase.skips[sample])
+        yield SampleRound(phase.round, shard, *counts, trained=shard not in phase.lost)
+
+
 def forget_phases_after(folder: Path, round: int) -> None:
     """Remove what a resumed run does again."""
     for path in folder.glob("round-*.npz"):

@@ -61,7 +61,8 @@ class ShardLedger:
     shard: int32 [N] in [0, K). visits, skips: int64 [N], how often it was drawn and how often AGC skipped it.
     recent_visits, recent_skips: the same since the sample last moved (the paper's counters).
     draws: int64 [N] and log_ratio_sum: float64 [N], its log-ratios so far (ret_fl/mitigation/losslog.py).
-    strength: float32 [N] in [0, 1], next-visit augmentation. probability: float32 [N] in (0, 1], of being visited.
+    strength: float32 [N] in [0, 1], next-visit augmentation. probability: float32 [N] in (0, 1], of being visited, less
+    in quarantine. copies: float32 [N], at least 1, by which orders divide it (`data.duplicates`); infinite: dropped.
     """
 
     shard: NDArray[np.int32]
@@ -74,6 +75,7 @@ class ShardLedger:
     log_ratio_sum: NDArray[np.float64]
     strength: NDArray[np.float32]
     probability: NDArray[np.float32]
+    copies: NDArray[np.float32]
 
     @classmethod
     def start(cls, shard: NDArray[np.int32], num_shards: int) -> ShardLedger:
@@ -94,6 +96,7 @@ class ShardLedger:
             log_ratio_sum=np.zeros(n),
             strength=np.zeros(n, np.float32),
             probability=np.ones(n, np.float32),
+            copies=np.ones(n, np.float32),
         )
         ledger.check()
         return ledger
@@ -108,6 +111,14 @@ class ShardLedger:
     def sizes(self) -> Ids:
         """Samples in each shard: int64 [K]."""
         return np.bincount(self.shard, minlength=self.num_shards)
+
+    def visited(self) -> NDArray[np.bool_]:
+        """Which samples are ever visited: bool [N], false for dropped duplicates."""
+        return np.isfinite(self.copies)
+
+    def ordered(self) -> NDArray[np.float32]:
+        """The probability of a visit that orders name for each sample: float32 [N] in [0, 1]."""
+        return self.probability / self.copies
 
     def log_loss_ratio(self) -> NDArray[np.float32]:
         """Mean log-ratio of each sample over all its draws: float32 [N], NaN where there was none."""
@@ -131,6 +142,8 @@ class ShardLedger:
             raise LedgerError(f"shards hold {int(self.sizes().sum())} samples, the data has {n}")
         if not ((self.probability > 0) & (self.probability <= 1)).all():
             raise LedgerError("visit probabilities must be in (0, 1]")
+        if not (self.copies >= 1).all():
+            raise LedgerError("a sample has at least one copy, itself")
         if (self.skips > self.visits).any():
             raise LedgerError("a sample cannot be skipped more often than it was visited")
 
@@ -202,9 +215,10 @@ class ShardLedger:
 
     @classmethod
     def load(cls, path: Path) -> ShardLedger:
-        """Read and check a ledger written by `save`."""
+        """Read and check a ledger written by `save`; `copies` are 1 in one of a version that did not keep them."""
         with np.load(path, allow_pickle=False) as saved:
-            columns = {f.name: saved[f.name] for f in fields(cls) if f.name != "num_shards"}
+            columns = {f.name: saved[f.name] for f in fields(cls) if f.name in saved and f.name != "num_shards"}
+            columns.setdefault("copies", np.ones(len(saved["shard"]), np.float32))
             ledger = cls(num_shards=int(saved["num_shards"]), **columns)
         ledger.check()
         return ledger

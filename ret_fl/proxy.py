@@ -160,12 +160,14 @@ class Round:
     def warm_bank(self, rng: np.random.Generator) -> None:
         """Fill an empty bank with the losses of the model that training starts from: `agc.warm-passes` over the shard.
 
+        Samples that are never visited (probability 0) are left out.
+
         Our choice: the authors fine-tune with a bank of zeros, which skips nothing before it is filled. The U-Net stays
         in training mode: dropout is in the losses that the bank is compared with, so it must be in the bank.
         """
-        count = len(self.order.ids)
+        visited = np.flatnonzero(self.order.probability)
         for _ in range(self.config.agc.warm_passes):
-            for position in np.array_split(rng.permutation(count), -(-count // self.config.batch_size)):
+            for position in np.array_split(rng.permutation(visited), -(-len(visited) // self.config.batch_size)):
                 draw = self._draw(torch.from_numpy(position), None)
                 losses = [self._losses(part) for _, part in draw.parts(self.config.micro_batch)]
                 self.bank.update(draw.t, torch.cat(losses))

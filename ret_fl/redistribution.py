@@ -134,7 +134,7 @@ def random(
     ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
 ) -> Moves:
     """The control: as many samples move, chosen by chance."""
-    return _exchange(ledger, rng, config, rng.random(len(ledger)), np.ones(len(ledger), bool))
+    return _exchange(ledger, rng, config, rng.random(len(ledger)), ledger.visited())
 
 
 QUARANTINE = "quarantine"
@@ -175,13 +175,12 @@ def propose(
     reports: Sequence[TrainReport],
     rng: np.random.Generator,
     config: RedistributionConfig,
-    visited: NDArray[np.bool_] | None = None,
 ) -> Moves:
     """Moves of several policies in turn; a sample claimed by an earlier one stays claimed.
 
-    Together they could take the last sample of a small shard; such a shard then gives nothing. Under
+    Together they could take the last visited sample of a small shard; such a shard then gives nothing. Under
     `redistribution.control` chance takes the place of the policies' choice. Raises `LedgerError` for moves that the
-    ledger cannot take. visited: bool [N], false for dropped duplicates, which a shard cannot live on; None: all are.
+    ledger cannot take.
     """
     parts: list[Moves] = []
     for policy in policies:
@@ -194,7 +193,7 @@ def propose(
     while True:
         after = ledger.shard.copy()
         after[moves.ids] = moves.target
-        emptied = ~np.isin(moves.source, after if visited is None else after[visited])
+        emptied = ~np.isin(moves.source, after[ledger.visited()])
         if not emptied.any():
             return moves
         moves = moves.without(moves.ids[emptied])
@@ -213,23 +212,30 @@ def _sound(policy: Policy, ledger: ShardLedger, proposed: object) -> Moves:
 
 
 def _by_chance(moves: Moves, ledger: ShardLedger, rng: np.random.Generator, *, between_any: bool) -> Moves:
-    """As many moves of random samples: along the proposed ways, or from anywhere to any other shard."""
+    """As many moves of random samples: along the proposed ways, or from anywhere to any other shard.
+
+    Dropped duplicates do not count: chance chooses among samples that are visited, all of them where there are fewer.
+    """
+    visited = ledger.visited()
     if between_any and ledger.num_shards > 1:
-        ids = rng.choice(len(ledger), len(moves), replace=False).astype(np.int64)
+        every = np.flatnonzero(visited)
+        ids = rng.choice(every, min(len(moves), len(every)), replace=False).astype(np.int64)
         source = ledger.shard[ids]
         step = rng.integers(1, ledger.num_shards, len(ids))
         return Moves(ids, source, ((source + step) % ledger.num_shards).astype(np.int32))
-    ids = np.empty(len(moves), np.int64)
+    parts = []
     for shard in np.unique(moves.source):
-        own = moves.source == shard
-        ids[own] = rng.choice(ledger.ids(int(shard)), int(own.sum()), replace=False)
-    return Moves(ids, moves.source, moves.target)
+        ids = ledger.ids(int(shard))
+        ids = ids[visited[ids]]
+        own = np.flatnonzero(moves.source == shard)[: len(ids)]
+        parts.append(Moves(rng.choice(ids, len(own), replace=False), moves.source[own], moves.target[own]))
+    return Moves.join(parts)
 
 
-def random_of_equal_number(inside: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """The control of quarantine: as many samples as `inside` has, the same ones every round as far as they go."""
-    chosen = np.zeros_like(inside)
-    chosen[np.random.default_rng(seed).permutation(len(inside))[: inside.sum()]] = True
+def random_of_equal_number(inside: NDArray[np.bool_], visited: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
+    """The control of quarantine: as many of the `visited` samples as `inside` has, always the same ones first."""
+    chosen, order = np.zeros_like(inside), np.random.default_rng(seed).permutation(len(inside))
+    chosen[order[visited[order]][: inside.sum()]] = True
     return chosen
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ret_fl.cli_options import plural
-from ret_fl.config import ConfigError, off_default
-from ret_fl.history import Phase, read_phases
+from ret_fl.config import ConfigError, RunConfig, off_default
+from ret_fl.history import SampleRound, follow
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import describe_row
 from ret_fl.rundir import RunDir
@@ -41,8 +41,13 @@ def show_run(path: Path) -> None:
     console.print(f"{rows[-1]['round']} of {config.num_server_rounds} rounds, {state}\n")
     for row in {r["round"]: r for r in (rows[0], rows[len(rows) // 2], rows[-1])}.values():
         console.print(describe_row(row, config.num_server_rounds), soft_wrap=True)
-    console.print(_shards(ledger))
-    console.print(_tails(ledger))
+    console.print(_shards(ledger, config.private))
+    if config.private:
+        console.print(_silence(config))
+    else:
+        console.print(_tails(ledger))
+    if dropped := len(ledger) - int(ledger.visited().sum()):
+        console.print(f"{plural(dropped, 'sample')} dropped: a copy of each is visited instead (data.duplicates)")
     if "canary_auc" in rows[-1]:
         console.print(f"canaries found by loss: AUC {rows[-1]['canary_auc']:.2f} (.5 is guessing)")
     console.print(f"where a sample is and how it fared: ret-fl show {path} --sample ID")
@@ -56,13 +61,18 @@ def _state(run: RunDir, trained: bool) -> str:
     return "finished"
 
 
-def _shards(ledger: ShardLedger) -> Table:
+def _silence(config: RunConfig) -> str:
+    return f"visits, skips and losses of samples: not reported under dp.mode={config.dp.mode}"
+
+
+def _shards(ledger: ShardLedger, silent: bool) -> Table:
     table = Table("shard", "samples", "visits", "skipped", "in quarantine", title="shards", title_justify="left")
     for shard in range(ledger.num_shards):
         ids = ledger.ids(shard)
         visits, skips = int(ledger.visits[ids].sum()), int(ledger.skips[ids].sum())
         inside = int((ledger.probability[ids] < 1).sum())
-        table.add_row(str(shard), str(len(ids)), f"{visits:,}", f"{skips / max(visits, 1):.1%}", str(inside))
+        told = ["not reported"] * 2 if silent else [f"{visits:,}", f"{skips / max(visits, 1):.1%}"]
+        table.add_row(str(shard), str(len(ids)), *told, str(inside))
     return table
 
 
@@ -87,48 +97,51 @@ def _row(ledger: ShardLedger, i: int) -> list[str]:
 
 def show_sample(path: Path, sample: int) -> None:
     """Print where one sample was in every round, and how it fared."""
-    ledger = _ledger(RunDir.existing(path))
+    run = RunDir.existing(path)
+    ledger, config = _ledger(run), run.read_config()
     if sample >= len(ledger):
         raise ConfigError(f"--sample {sample}: the data has samples 0..{len(ledger) - 1}")
+    rounds = list(follow(run.history, sample))
+    stays = [list(stay) for _, stay in groupby(rounds, key=lambda round: round.shard)]
+    moves = list(_moves(stays, int(ledger.shard[sample])))
     _, shard, ratio, visits, skipped = _row(ledger, sample)
-    run = RunDir.existing(path)
-    phases = list(read_phases(run.history))
-    stays = list(_stays(phases, sample))
-    moves = list(_moves(stays, sample, ledger))
+    fared = f"visited {visits} times, skipped {skipped} of them, moved {plural(len(moves), 'time')}; "
+    fared += f"mean log-ratio {ratio} (below 0: fitted better than its shard)"
+    if config.private:
+        fared = f"moved {plural(len(moves), 'time')}; {_silence(config)}"
     console = Console(highlight=False)
-    console.print(
-        f"sample {sample} is in shard {shard}; visited {visits} times, skipped {skipped} of them, moved "
-        f"{plural(len(moves), 'time')}; mean log-ratio {ratio} (below 0: fitted better than its shard); visited with "
-        f"probability {ledger.probability[sample]:.2f}"
-    )
-    if not phases:
+    console.print(f"sample {sample} is in shard {shard}; {fared}; {_how_often(ledger, sample)}")
+    if not rounds:
         console.print("where it was in each round is not known: the run has no history/")
-    elif run.read_config().report == "tails":
+    elif config.report == "tails" and not config.private:
         console.print("report=tails: visits and skips are counted only in rounds in which it was in a tail")
     for stay in stays:
-        console.print(_stay(stay, sample))
+        console.print(_stay(stay, config.private))
     for round, source, target in moves:
         console.print(f"after round {round} it went from shard {source} to shard {target}")
 
 
-def _stays(phases: list[Phase], sample: int) -> Iterator[list[Phase]]:
-    """Rounds in a row in which a sample was in one shard."""
-    for _, stay in groupby(phases, key=lambda phase: int(phase.shard[sample])):
-        yield list(stay)
+def _how_often(ledger: ShardLedger, sample: int) -> str:
+    """What orders say of its visits."""
+    if not ledger.visited()[sample]:
+        return "dropped: a copy of another sample is visited instead (data.duplicates)"
+    shared = "" if ledger.copies[sample] == 1 else f", as one of {ledger.copies[sample]:.0f} copies"
+    return f"visited with probability {ledger.ordered()[sample]:.3g}{shared}"
 
 
-def _moves(stays: list[list[Phase]], sample: int, ledger: ShardLedger) -> Iterator[tuple[int, int, int]]:
+def _moves(stays: list[list[SampleRound]], now: int) -> Iterator[tuple[int, int, int]]:
     """(after which round, from shard, to shard), in order."""
-    shards = [int(stay[0].shard[sample]) for stay in stays] + [int(ledger.shard[sample])]
+    shards = [stay[0].shard for stay in stays] + [now]
     for stay, (source, target) in zip(stays, pairwise(shards), strict=True):
         if source != target:
             yield stay[-1].round, source, target
 
 
-def _stay(stay: list[Phase], sample: int) -> str:
-    first, last, shard = stay[0].round, stay[-1].round, int(stay[0].shard[sample])
-    visits, skips = (sum(int(getattr(phase, name)[sample]) for phase in stay) for name in ("visits", "skips"))
-    rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
-    text = f"{rounds}: in shard {shard}, visited {visits} times, skipped {skips}"
-    lost = [str(phase.round) for phase in stay if shard in phase.lost]
+def _stay(stay: list[SampleRound], silent: bool) -> str:
+    """Rounds in a row in which the sample was in one shard."""
+    first, last = stay[0].round, stay[-1].round
+    visits, skips = sum(round.visits for round in stay), sum(round.skips for round in stay)
+    text = f"round {first}" if first == last else f"rounds {first} to {last}"
+    text += f": in shard {stay[0].shard}" + ("" if silent else f", visited {visits} times, skipped {skips}")
+    lost = [str(round.round) for round in stay if not round.trained]
     return text + (f"; the shard was not trained in round {', '.join(lost)}" if lost else "")

@@ -153,7 +153,7 @@ class RedistributeEnsemble(Strategy):
         self.config = config
         self.fingerprint = fingerprint
         handling = config.data.duplicates
-        self.copies = _copies(clusters if handling != "keep" else None, len(ledger), handling == "drop")
+        ledger.copies = _copies(clusters if handling != "keep" else None, len(ledger), handling == "drop")
         self.run_key = run_key
         self.signer, self.frozen = signer, frozen
         if base is not None and type(base) is not FedAvg and not config.averages:
@@ -248,7 +248,7 @@ class RedistributeEnsemble(Strategy):
             start=("global" if missed else "proxy") if self.config.averages else "sent",
             upload=self.aggregates(round) or not self.config.averages,
             ids=ids,
-            probability=self.ledger.probability[ids] / self.copies[ids],
+            probability=self.ledger.ordered()[ids],
             strength=self.ledger.strength[ids],
             log_ratio=self.ledger.log_loss_ratio()[ids],
             bank_values=state.bank_values,
@@ -389,13 +389,12 @@ class RedistributeEnsemble(Strategy):
         rng = np.random.default_rng(round_seed(self.config.seed, round, self.ledger.num_shards, 1))
         moves = Moves.none()
         if is_due(self.config, round):
-            visited = np.isfinite(self.copies)
-            moves = propose(self.policies, self.ledger, reports, rng, self.config.redistribution, visited)
+            moves = propose(self.policies, self.ledger, reports, rng, self.config.redistribution)
             self.ledger.apply(moves)
         if self.quarantine and round % self.config.quarantine.every == 0:
             inside = quarantined(self.ledger, self.config.quarantine)
             if self.config.redistribution.control != "off":
-                inside = random_of_equal_number(inside, self.config.seed)
+                inside = random_of_equal_number(inside, self.ledger.visited(), self.config.seed)
             self.ledger.probability = np.where(inside, self.config.quarantine.probability, 1).astype(np.float32)
         self.ledger.check()
         return moves

@@ -42,6 +42,7 @@ ROW = "row.jsonl"
 
 
 CONTROLS = Path(__file__).parent / "presets" / "controls"
+EARLY_STOPPING = "early-stopping"
 NOT_A_CONTROLS = ("name", "num-server-rounds")
 """Settings of a control's preset that a study has of its own. How far a method trains its points say."""
 
@@ -50,10 +51,14 @@ NOT_A_CONTROLS = ("name", "num-server-rounds")
 def control_settings(name: str) -> Mapping[str, Scalar]:
     """What a control sets; not what the benchmark sets that its preset runs on. Of '' nothing.
 
-    Raises `ConfigError` for one that there is not.
+    Raises `ConfigError` for one that there is not, and for one that only trains less: how far is not the control's.
     """
     if not name:
         return {}
+    if name == EARLY_STOPPING:
+        raise ConfigError(
+            f'control = "{name}": its length is the study\'s. Write control = "central" with points = [0.2]'
+        )
     path = CONTROLS / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in CONTROLS.glob("*.toml")))

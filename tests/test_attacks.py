@@ -141,6 +141,16 @@ def test_of_canaries_whose_repeats_differ_only_the_original_is_a_member() -> Non
     assert leakage.exposure is not None and len(leakage.exposure.exposures) == 2
 
 
+def test_images_that_were_dropped_are_no_members(repeating: AuditData) -> None:
+    unet = build_unet(ModelConfig(preset="tiny", pixel_unshuffle=1), repeating.train.image_shape, 0, 0)
+    dropped = np.r_[0, 50:60, SINGLE + REPEATED : len(repeating.train)]  # a canary, others, and repeats
+    background = Background(dropped=dropped)
+    leakage, _ = attack((unet, make_scheduler(EPSILON), 1), repeating, background, Options(), silent)
+    assert [m.members for m in leakage.membership] == [SINGLE + REPEATED - 11] * 2
+    assert leakage.exposure is not None and len(leakage.exposure.exposures) == REPEATED - 1
+    assert leakage.duplicates is not None and leakage.duplicates.examined == SINGLE + REPEATED - 11
+
+
 def test_suspects_keep_their_ids_where_only_some_images_are_measured() -> None:
     data = load_splits(DataConfig(limit=40, canaries=1, canary_repeats=5)).train
     assert len(data) == 44

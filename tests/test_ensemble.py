@@ -15,6 +15,7 @@ from diffusers import DDPMPipeline
 from federations import Recorder, assert_equal_states, spoiling
 from flwr.app import Message
 from flwr.serverapp.strategy import FedMedian
+from outcomes import SETTINGS, Outcome, assert_same_outcome, killed_at, uninterrupted
 from safetensors.numpy import load_file
 from tiny_pipelines import assert_same, drawn, small_pipeline, small_unet
 
@@ -291,3 +292,14 @@ def test_how_it_draws_is_a_setting_of_the_run(apart: Path, tmp_path: Path) -> No
     run = run_server(again, tmp_path / "run", resume=True)
     assert json.loads((run.final / "ensemble.json").read_text())["ensemble"] == "average"
     assert generate(run.path, samples=2, steps=2).ensemble == "average"
+
+
+def test_proxies_apart_resume_bit_for_bit_with_dropped_copies_in_quarantine(tiny: Tiny, tmp_path: Path) -> None:
+    copies: dict[str, Scalar] = {"data.canaries": 2, "data.canary-repeats": 3, "data.duplicates": "drop"}
+    config = tiny(SETTINGS, APART, copies, {"redistribution.policy": "high-loss+quarantine", "num-server-rounds": 3})
+    killed_at(config, tmp_path / "run", 3, 0)
+    resumed = Outcome.of(run_server(config, tmp_path / "run", resume=True))
+    dropped = load_splits(config.data).canaries[:, 1:]
+    assert np.isinf(resumed.ledger.copies[dropped]).all() and (resumed.ledger.visits[dropped] == 0).all()
+    assert sum(row["moved"] for row in resumed.rows) > 0 and resumed.rows[-2]["quarantined"] > 0
+    assert_same_outcome(resumed, uninterrupted(config))

@@ -13,13 +13,21 @@ from federations import Recorder, spoiling
 from flwr.app import Message
 from outcomes import SETTINGS, killed_at
 
+from ret_fl.auditing import data_of
+from ret_fl.background import background_of
 from ret_fl.config import RunConfig, Scalar
+from ret_fl.data.sources import load_splits
 from ret_fl.history import read_phases
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 
 Tiny = Callable[..., RunConfig]
 MOVING: dict[str, Scalar] = {"redistribution.policy": "random", "num-server-rounds": 3, "quarantine.min-draws": 1}
+
+
+def shown(run: RunDir, *more: object) -> str:
+    """What `ret-fl show` prints, however its lines are broken."""
+    return " ".join(ret_fl("show", run.path, *more).output.split()) + " "
 
 
 def test_every_round_tells_the_orders_and_the_reports(tiny: Tiny, tmp_path: Path) -> None:
@@ -51,11 +59,11 @@ def test_show_follows_a_sample_through_the_rounds(tiny: Tiny, tmp_path: Path) ->
     moved = int(np.flatnonzero((phases[0].shard == 0) & (phases[1].shard == 1) & (phases[2].shard == 1))[0])
     visits = [int(phase.visits[moved]) for phase in phases]
     assert visits[1] == 0 and phases[1].lost.tolist() == [1]
-    shown = ret_fl("show", run.path, "--sample", moved).output.replace("\n", " ")
-    assert f"round 1: in shard 0, visited {visits[0]} times, skipped {phases[0].skips[moved]}" in shown
-    assert f"rounds 2 to 3: in shard 1, visited {visits[2]} times" in shown
-    assert "the shard was not trained in round 2" in shown
-    assert "moved 1 time;" in shown and "after round 1 it went from shard 0 to shard 1" in shown
+    text = shown(run, "--sample", moved)
+    assert f"round 1: in shard 0, visited {visits[0]} times, skipped {phases[0].skips[moved]}" in text
+    assert f"rounds 2 to 3: in shard 1, visited {visits[2]} times" in text
+    assert "the shard was not trained in round 2" in text
+    assert "moved 1 time;" in text and "after round 1 it went from shard 0 to shard 1" in text
 
 
 def test_a_resumed_run_has_the_history_of_an_uninterrupted_one(tiny: Tiny, tmp_path: Path) -> None:
@@ -76,4 +84,48 @@ def test_show_says_what_it_cannot_know(tiny: Tiny, tmp_path: Path, change: str, 
     if change == "no history":
         for file in run.history.iterdir():
             file.unlink()
-    assert words in ret_fl("show", run.path, "--sample", 3).output.replace("\n", " ")
+    assert words in shown(run, "--sample", 3)
+
+
+@pytest.mark.parametrize("handling", ["drop", "weight", "keep"])
+def test_show_says_what_orders_say_of_copies(tiny: Tiny, tmp_path: Path, handling: str) -> None:
+    copies: dict[str, Scalar] = {"data.canaries": 1, "data.canary-repeats": 3, "data.duplicates": handling}
+    seen = Recorder()
+    run = run_server(tiny(copies, {"num-server-rounds": 1}), tmp_path / "run", seen)
+    ordered = {int(i): float(p) for _, o in seen.orders for i, p in zip(o.ids, o.probability, strict=True)}
+    first, *others = load_splits(run.read_config().data).canaries[0].tolist()
+    other = next(i for i in range(24) if i != first)
+
+    told = {"drop": "visited with probability 1 ", "weight": "probability 0.333, as one of 3 copies ", "keep": "ty 1 "}
+    assert told[handling] in shown(run, "--sample", first)
+    assert "visited with probability 1 " in shown(run, "--sample", other)
+    dropped = others if handling == "drop" else []
+    assert [i for i, p in ordered.items() if p == 0] == dropped
+    assert background_of(run, data_of(run.read_config())).dropped.tolist() == dropped
+    for sample in dropped:
+        text = shown(run, "--sample", sample)
+        assert "dropped: a copy of another sample is visited instead" in text and "probability" not in text
+    assert ("2 samples dropped: a copy of each is visited instead" in shown(run)) == bool(dropped)
+
+
+def test_show_has_no_counts_where_clients_tell_none(tiny: Tiny, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    private: dict[str, Scalar] = {
+        "dp.mode": "server-fixed", "redistribution.policy": "none", "data.duplicates": "keep", "agc.mode": "off",
+        "quorum": 1.0, "num-server-rounds": 2,
+    }  # fmt: skip
+    run = run_server(tiny(private), tmp_path / "run")
+    for more in ((), ("--sample", 3)):
+        text = shown(run, *more)
+        assert "visits, skips and losses of samples: not reported under dp.mode=server-fixed" in text
+        assert not any(word in text for word in ("visited 0", "0.0% of", "log-ratio"))
+        assert text.count("not reported") == (1 if more else 5)  # of two shards neither visits nor skips
+    assert f"rounds 1 to 2: in shard {ShardLedger.load(run.ledger).shard[3]} " in text
+
+
+def test_a_ledger_of_a_version_without_copies_is_read(tmp_path: Path) -> None:
+    ledger = ShardLedger.start(np.array([0, 1, 1]), 2)
+    ledger.save(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as saved:
+        np.savez(tmp_path / "old.npz", **{name: saved[name] for name in saved if name != "copies"})
+    assert ShardLedger.load(tmp_path / "old.npz").copies.tolist() == [1, 1, 1]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from image_models import save_script
 from ledgers import ledger_of
+from orders import ALL_T, make_order, train
 from pictures import load
 
 from ret_fl.config import ConfigError, DataConfig, PartitionConfig, RunConfig, Scalar
@@ -272,7 +273,7 @@ def test_near_duplicates_share_the_visits_of_one_image(tiny: Tiny, federate: Fed
     others = np.setdiff1d(np.arange(33), canaries)
     assert visits.sum() == 33 * 40  # as many images as without
     assert visits[canaries].sum(1).mean() == pytest.approx(visits[others].mean(), rel=0.25)
-    assert fed.strategy.copies[canaries].tolist() == [[4.0] * 4] * 3
+    assert fed.strategy.ledger.copies[canaries].tolist() == [[4.0] * 4] * 3
 
 
 def test_dropped_duplicates_are_visited_never_and_the_others_see_as_many_images(tiny: Tiny, federate: Federate) -> None:
@@ -307,14 +308,22 @@ def test_a_shard_of_dropped_samples_alone_is_refused_and_never_made_by_moves(tin
     with pytest.raises(ConfigError, match=r"drop leaves shards \[1\] of 2 nothing to train on"):
         deal(asked, load_splits(asked.data))
 
-    ledger, visited = ledger_of(2, 2), np.array([True, True, True, False])
+    ledger = ledger_of(2, 2)
 
     def take_the_last(*_: object) -> Moves:
         return Moves.between(np.array([2]), 1, 0)
 
     asked_moves = [take_the_last], ledger, [], np.random.default_rng(0), config.redistribution
     assert len(propose(*asked_moves)) == 1
-    assert len(propose(*asked_moves, visited)) == 0
+    ledger.copies[3] = np.inf
+    assert len(propose(*asked_moves)) == 0
+
+
+def test_a_bank_is_warmed_by_samples_that_are_visited(tiny: Tiny) -> None:
+    config = tiny(ALL_T, {"agc.warm-passes": 3})
+    report = train(config, make_order(config, probability=np.repeat([1, 0], 10).astype(np.float32))).report
+    assert report.visits[10:].sum() == 0 and report.visits.sum() == 20
+    assert report.bank_visits.sum() == 3 * 10 + 20
 
 
 # --- finding canaries by their losses ---------------------------------------------------------------------------------

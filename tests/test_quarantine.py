@@ -49,9 +49,10 @@ class TestControls:
 
     def test_the_control_of_quarantine_takes_as_many_and_the_same_ones_every_time(self) -> None:
         inside = np.arange(100) < 20
-        chosen = random_of_equal_number(inside, 3)
+        everyone = np.ones(100, bool)
+        chosen = random_of_equal_number(inside, everyone, 3)
         assert chosen.sum() == 20 and not np.array_equal(chosen, inside)
-        more = random_of_equal_number(np.arange(100) < 30, 3)
+        more = random_of_equal_number(np.arange(100) < 30, everyone, 3)
         assert (more | ~chosen).all() and more.sum() == 30
 
 

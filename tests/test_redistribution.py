@@ -22,6 +22,7 @@ from ret_fl.redistribution import (
     parse_policy,
     propose,
     random,
+    random_of_equal_number,
     shard_fits,
 )
 
@@ -241,6 +242,22 @@ def test_whatever_the_policies_every_sample_stays_in_one_shard_and_no_shard_is_e
         assert ledger.sizes().min() >= 1
         if len(names) == 1 and names != ["balance"]:
             assert ledger.sizes().tolist() == before.tolist()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.sampled_from(["samples", "all"]), st.sampled_from([balance, random]), st.floats(0, 1), st.integers(0, 10_000))
+def test_chance_chooses_among_visited_samples(control: Any, policy: Any, dropped: float, seed: int) -> None:
+    ledger = with_ratios(ledger_of(12, 8, 8), rng(seed).normal(size=28))
+    ledger.copies[rng(seed).random(28) < dropped] = np.inf
+    ledger.draws[~ledger.visited()] = 0
+    reports = fits_of(ledger, 1.0, 0.0, -1.0)
+    config = RedistributionConfig(fraction=0.5, control=control)
+    moves = propose([policy], ledger, reports, rng(seed), config)
+    assert ledger.visited()[moves.ids].all()
+    assert len(np.unique(moves.ids)) == len(moves) and (moves.source == ledger.shard[moves.ids]).all()
+    inside = ledger.visited() & (rng(seed).random(28) < 0.5)
+    chosen = random_of_equal_number(inside, ledger.visited(), seed)
+    assert chosen.sum() == inside.sum() and ledger.visited()[chosen].all()
 
 
 def test_two_policies_together_do_not_take_the_last_sample_of_a_small_shard() -> None:

@@ -192,7 +192,7 @@ control = "dedup-recipe"
 set = { optimizer.lr = 0.5 }
 [methods.stopped]
 label = "s"
-control = "early-stopping"
+control = "central"
 points = [0.5]
 """
     cells = {c.method: c.config() for c in Study.read(write(tmp_path, GRID + more)).cells()}
@@ -207,6 +207,10 @@ points = [0.5]
     assert dedup.diffusion.beta_schedule == RunConfig().diffusion.beta_schedule
     assert (stopped.num_server_rounds, stopped.shards, stopped.optimizer.schedule) == (2, 1, "constant")
     assert batch.name == "digits-batch-x4-s0"
+    with pytest.raises(
+        ConfigError, match=r'methods\.stopped.*"early-stopping".* Write control = "central" with points'
+    ):
+        Study.read(write(tmp_path, GRID + more.replace('control = "central"', 'control = "early-stopping"')))
     with pytest.raises(ConfigError, match=r"methods\.batch-x4.*no control 'batch-x5'; there are batch-x4, central"):
         Study.read(write(tmp_path, GRID + more.replace('control = "batch-x4"', 'control = "batch-x5"')))
 

@@ -47,7 +47,7 @@ def takes(denoiser: Denoiser, data: AuditData) -> bool:
 def attack(
     denoiser: Denoiser, data: AuditData, background: Background, options: Options, on_stage: Stage
 ) -> tuple[schema.Leakage, dict[str, np.ndarray]]:
-    """Leakage, and losses of the training images by group."""
+    """Leakage, and losses of the training images by group. Samples that were dropped are no members."""
     on_stage("leakage: losses of training images")
     unet, scheduler, fold = denoiser
     objective = Objective(scheduler, torch.device(options.device), fold=fold)
@@ -58,7 +58,9 @@ def attack(
     canary_rows = np.ascontiguousarray(data.canaries[:, 0]) if len(data.canaries) else np.empty(0, np.int64)
     (chosen,) = spread_rows([data.train], options.members)
     # of a canary whose repeats differ, only the original is a member: they would count as often as they stand
-    chosen = chosen[~torch.isin(chosen, torch.from_numpy(np.ascontiguousarray(data.canaries[:, 1:])))]
+    outside = np.union1d(data.canaries[:, 1:], background.dropped).astype(np.int64)
+    chosen = chosen[~torch.isin(chosen, torch.from_numpy(outside))]
+    canary_rows = canary_rows[~np.isin(canary_rows, background.dropped)]
     measured = torch.unique(torch.cat([chosen, torch.from_numpy(canary_rows)]))
     scores = mean_losses(data.train, measured)
     # canaries beyond the chosen few would weigh more among them than in the data

@@ -82,12 +82,14 @@ class Background:
     """What is known of the model's training beside its weights; nothing for a model from elsewhere.
 
     groups: sample IDs (int64) by what training made of them, for the histograms of losses. rows: of metrics.jsonl.
+    dropped: int64, the IDs of samples never trained on, as a copy of each was (`data.duplicates = drop`).
     """
 
     training: schema.Training | None = None
     groups: Mapping[str, np.ndarray] = field(default_factory=dict)
     rows: Sequence[dict[str, Any]] = ()
     skip_by_timestep: tuple[np.ndarray, np.ndarray] | None = None
+    dropped: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def distinct_rows(store: SampleStore) -> np.ndarray:
