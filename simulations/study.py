@@ -241,15 +241,17 @@ class Pretraining:
 
     @property
     def name(self) -> str:
-        """Tells models of other settings apart."""
-        config = {k: v for k, v in self.config().to_flat().items() if k not in LOCAL}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        """Tells models of other settings apart; settings that a later version adds change it not."""
+        named = {k: v for k, v in self._settings().items() if k not in LOCAL}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
         return f"pretrained-{self.dataset}-{digest}"
 
-    def config(self) -> RunConfig:
+    def _settings(self) -> dict[str, Scalar]:
         study = self.study
-        flat = flatten(study.settings) | flatten(study.datasets[self.dataset]) | flatten(study.pretraining)
-        return RunConfig.from_flat(flat | {"threads": 1, "samples": 0})
+        return flatten(study.settings) | flatten(study.datasets[self.dataset]) | flatten(study.pretraining)
+
+    def config(self) -> RunConfig:
+        return RunConfig.from_flat(self._settings() | {"threads": 1, "samples": 0})
 
     def path(self, root: Path) -> Path:
         """The folder that `model.init-from` takes."""
