@@ -44,6 +44,14 @@ def test_a_noisy_copy_is_found_where_raw_pixels_call_everything_alike() -> None:
     assert gap > 3 * raw_gap
 
 
+def test_many_images_come_to_what_each_comes_to_alone() -> None:
+    """They are looked at in parts, as large ones would not fit in memory as floats."""
+    images = torch.rand(600, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    model = WhitenedPixels(images[:150])
+    alone = torch.cat([model.features(images[i : i + 1]) for i in (0, 255, 256, 599)])
+    assert torch.allclose(model.features(images)[[0, 255, 256, 599]], alone, atol=1e-5)
+
+
 def test_large_images_are_made_smaller_and_few_or_equal_ones_refused() -> None:
     images = torch.rand(100, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     assert WhitenedPixels(images).features(images[:2]).shape[1] < 100

@@ -116,7 +116,7 @@ def run_audit(
         )
         qualities: list[schema.Fidelity] = []
         similarities: list[schema.Similarity] = []
-        if (whitened := _whitened_similarity(generated, data, options)) is not None:
+        if (whitened := _whitened_similarity(generated, data, train, held_out, options)) is not None:
             similarities.append(whitened)
         classifier = _classifier(data, options, on_stage)
         models: list[FeatureModel] = [_Remembering(model) for model in feature_models]
@@ -206,16 +206,18 @@ def _added(auditors: Sequence[Plugin], evidence: Evidence, on_stage: Stage) -> l
     return found
 
 
-def _whitened_similarity(generated: Generated, data: AuditData, options: Options) -> schema.Similarity | None:
+def _whitened_similarity(
+    generated: Generated, data: AuditData, train: Tensor, held_out: Tensor | None, options: Options
+) -> schema.Similarity | None:
     """In whitened pixels: components of the held-out images, so the floor is that of the reference images."""
-    if data.held_out is None or min(data.train.image_shape[1:]) < MIN_SIDE:
+    if data.held_out is None or held_out is None or min(data.train.image_shape[1:]) < MIN_SIDE:
         return None
-    held_out = data.held_out.pixels(torch.cat(spread_rows([data.held_out], MOST)).numpy())
-    if len(held_out) < FEWEST_WHITENED:
+    rows = torch.cat(spread_rows([data.held_out], MOST))
+    if len(rows) < FEWEST_WHITENED:
         return None
-    model = WhitenedPixels(held_out)
+    model = WhitenedPixels(held_out[rows])
     floor = None if data.reference is None else model.features(data.reference.pixels())
-    own, trained = model.features(generated.images), model.features(data.train.pixels())
+    own, trained = model.features(generated.images), model.features(train)
     return similarity(own, trained, floor, name=model.name, memory_mb=options.memory_mb)
 
 

@@ -22,6 +22,8 @@ MOST = 4000
 """Images that components are made of."""
 SIDE = 32
 """Larger images are made smaller: components of more pixels cost minutes."""
+BATCH = 256
+"""Images held as floats at a time: they may be large."""
 
 
 class WhitenedPixels:
@@ -44,11 +46,16 @@ class WhitenedPixels:
 
     def features(self, images: Images) -> Tensor:
         """float32 [N, F], on the CPU, of images [N, C, H, W] as above."""
-        return torch.from_numpy(self._components.transform(_rows(torch.as_tensor(images)).numpy())).float()
+        parts = torch.as_tensor(images).split(BATCH)
+        return torch.cat([torch.from_numpy(self._components.transform(_rows(p).numpy())).float() for p in parts])
 
 
 def _rows(images: Tensor) -> Tensor:
     """float32 [N, C * h * w] in [0, 1], sides at most `SIDE`."""
+    return torch.cat([_small_rows(part) for part in images.split(BATCH)])
+
+
+def _small_rows(images: Tensor) -> Tensor:
     unit = unit_images(images).cpu()
     if max(unit.shape[2:]) > SIDE:
         scale = SIDE / max(unit.shape[2:])
