@@ -15,6 +15,7 @@ from ret_fl.audit import plots
 from ret_fl.audit.folder import NUMBERS, load_audit
 from ret_fl.files import write_atomically
 from ret_fl.pictures import Pairs, save_pairs
+from simulations.grid import Study
 from simulations.results import (
     Point,
     ResultsFile,
@@ -25,7 +26,7 @@ from simulations.results import (
     curve,
     early_stop_fd,
 )
-from simulations.study import Study, point_folder
+from simulations.study import point_folder
 
 DEFAULT = "default"
 """The method that stands for the shipped defaults."""

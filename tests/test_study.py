@@ -14,8 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ret_fl.config import ConfigError, RunConfig
+from simulations.grid import Study
 from simulations.results import ResultsFile
-from simulations.study import Study, run_cell, run_study
+from simulations.study import run_cell, run_study
 
 GRID = """
 title = "Two methods"
