@@ -222,6 +222,35 @@ def _require_enough_replies(name: str, strategy: FedAvg, config: RunConfig) -> N
             )
 
 
+# What a base is told of the federation
+
+
+class ShardGrid:
+    """All that a base strategy's configure_train asks of a Grid: node IDs, one for each shard."""
+
+    def __init__(self, shards: int) -> None:
+        self.shards = shards
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(1, self.shards + 1))
+
+
+def refuse_to_wait(base: Strategy, shards: int) -> None:
+    """Flower's strategies wait without limit for their minimum of clients; here there are as many as shards.
+
+    Raises `ValueError` for a minimum above that.
+    """
+    inner: Strategy | None = base
+    while inner is not None:
+        for name in ("min_available_nodes", "min_train_nodes"):
+            if getattr(inner, name, 0) > shards:
+                raise ValueError(
+                    f"{type(inner).__name__}({name}={getattr(inner, name)}) would wait for ever with {shards} shards: "
+                    f"give it {name}={shards} or less"
+                )
+        inner = getattr(inner, "strategy", None)
+
+
 # What a base keeps from round to round
 
 

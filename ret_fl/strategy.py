@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from numpy.typing import NDArray
 
-from ret_fl.aggregation import make_base
+from ret_fl.aggregation import ShardGrid, make_base, refuse_to_wait
 from ret_fl.averaging import RunningMean, needs_the_mean_only
 from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
@@ -46,16 +46,6 @@ from ret_fl.rounds import RoundSummary, ShardState, check_reply
 from ret_fl.samples.grants import Signer
 
 
-class _ShardGrid:
-    """All that a base strategy's configure_train asks of a Grid: node IDs, one for each shard."""
-
-    def __init__(self, shards: int) -> None:
-        self.shards = shards
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(1, self.shards + 1))
-
-
 def _copies(clusters: NDArray[np.int64] | None, samples: int, drop: bool) -> NDArray[np.float32]:
     """By what each sample's visits are divided: float32 [N], the size of its cluster; 1 where none are looked for.
 
@@ -67,19 +57,6 @@ def _copies(clusters: NDArray[np.int64] | None, samples: int, drop: bool) -> NDA
     if drop:
         return np.where(first[inverse] == np.arange(samples), 1, np.inf).astype(np.float32)
     return counts[inverse].astype(np.float32)
-
-
-def _refuse_to_wait(base: Strategy, shards: int) -> None:
-    """Flower's strategies wait without limit for their minimum of clients; here there are as many as shards."""
-    inner: Strategy | None = base
-    while inner is not None:
-        for name in ("min_available_nodes", "min_train_nodes"):
-            if getattr(inner, name, 0) > shards:
-                raise ValueError(
-                    f"{type(inner).__name__}({name}={getattr(inner, name)}) would wait for ever with {shards} shards: "
-                    f"give it {name}={shards} or less"
-                )
-        inner = getattr(inner, "strategy", None)
 
 
 Sound = tuple[Message, TrainReport, ArrayRecord | None]
@@ -159,7 +136,7 @@ class RedistributeEnsemble(Strategy):
         if base is not None and type(base) is not FedAvg and not config.averages:
             raise ValueError(f"aggregate-every=0 averages nothing: leave out base={type(base).__name__}")
         self.base = base or make_base(config)
-        _refuse_to_wait(self.base, ledger.num_shards)
+        refuse_to_wait(self.base, ledger.num_shards)
         if config.private and wrapper_of(self.base) is None:
             raise ValueError(f"dp.mode={config.dp.mode}, but the base adds no noise: take make_base(config)")
         self.first_round = first_round
@@ -211,7 +188,7 @@ class RedistributeEnsemble(Strategy):
             raise FederationError(f"round {round}: {error}. {self._how_to_resume()}") from None
         if self.config.averages:
             # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
-            shard_grid = cast(Grid, _ShardGrid(self.ledger.num_shards))
+            shard_grid = cast(Grid, ShardGrid(self.ledger.num_shards))
             list(self.base.configure_train(round, arrays, config, shard_grid))
         shards = range(self.ledger.num_shards)
         norm = clipping_norm(config)
