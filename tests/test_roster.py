@@ -1,0 +1,87 @@
+"""Who trains which shard: by speed, by where its moments are, and only nodes that live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Federation, run_server
+from hypothesis import given
+from hypothesis import strategies as st
+
+import clients.app
+import ret_fl.roster
+from ret_fl.config import RunConfig
+from ret_fl.ledger import ShardLedger
+from ret_fl.protocol import Hello
+from ret_fl.roster import Roster
+
+Tiny = Callable[..., RunConfig]
+Federate = Callable[..., Federation]
+
+
+def roster(speed: dict[int, float], home: dict[int, int] | None = None) -> Roster:
+    nodes = {node: Hello(i, "cpu", "f", 1, 0.0) for i, node in enumerate(speed)}
+    return Roster(RunConfig(), "f", nodes=nodes, speed=dict(speed), home=dict(home or {}))
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=12),
+    st.lists(st.floats(0.5, 500), min_size=1, max_size=5),
+)
+def test_every_shard_has_a_living_node_and_none_is_much_later_than_it_must(
+    images: list[int], speeds: list[float]
+) -> None:
+    nodes = list(range(10, 10 + len(speeds)))
+    found = roster(dict(zip(nodes, speeds, strict=True)))
+    assigned = found.assign(images, nodes)
+    assert sorted(assigned) == list(range(len(images)))
+    assert set(assigned.values()) <= set(nodes)
+    finish = {n: sum(images[k] for k, m in assigned.items() if m == n) / found.speed[n] for n in nodes}
+    # no schedule ends before the work is spread evenly, or before the largest shard is done on the fastest node
+    least = max(sum(images) / sum(speeds), max(images) / max(speeds))
+    slack = ret_fl.roster.STAY_SECONDS * len(images)
+    assert max(finish.values()) <= 2 * ret_fl.roster.STAY * least * 1.0001 + slack
+
+
+def test_a_slow_node_gets_the_small_shard() -> None:
+    assert roster({1: 10.0, 2: 100.0}).assign([30000, 2000], [1, 2]) == {0: 2, 1: 1}
+
+
+def test_shards_stay_where_their_moments_are_unless_it_costs_too_much() -> None:
+    assert roster({1: 100.0, 2: 110.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
+    assert roster({1: 100.0, 2: 1.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 1, 1: 1}
+    # a few seconds are not worth fresh moments
+    assert roster({1: 100.0, 2: 10.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
+
+
+def test_a_node_gone_loses_its_shards_to_the_others() -> None:
+    assigned = roster({1: 1.0, 2: 1.0, 3: 1.0}, {0: 1, 1: 2, 2: 3}).assign([9, 9, 9], [1, 3])
+    assert (assigned[0], assigned[2]) == (1, 3)
+    assert assigned[1] in (1, 3)
+
+
+def test_sizes_in_proportion_to_speed_end_together() -> None:
+    weights = [float(w) for w in roster({1: 30.0, 2: 10.0}).sizes(3, [1, 2]).split(",")]
+    assert weights == pytest.approx([15, 10, 15])
+
+
+def test_shards_are_dealt_by_the_speed_that_nodes_measure(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter([300.0, 100.0])
+    monkeypatch.setattr(clients.app, "images_per_second", lambda *_: next(speeds))
+    run = run_server(tiny({"partition.sizes": "speed", "num-server-rounds": 1}), tmp_path / "run")
+    assert ShardLedger.load(run.ledger).sizes().tolist() == [18, 6]
+
+
+def test_a_node_measures_its_speed_only_when_asked(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny())
+    fed.strategy.roster.greet(fed.grid)
+    assert not fed.strategy.roster.speed
+    asked = federate(tiny())
+    asked.strategy.roster.config = tiny({"partition.sizes": "speed"})
+    asked.strategy.roster.greet(asked.grid)
+    assert all(speed > 0 for speed in asked.strategy.roster.speed.values())
+    assert len(asked.strategy.roster.speed) == 2
