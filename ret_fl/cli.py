@@ -163,24 +163,35 @@ def config(
 
 
 @app.command()
-def presets(app_folder: AppOption = Path()) -> None:
-    """The presets of simulations/presets: what each is, the command, the data it wants, what it costs; controls last.
+def presets(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Tell all of these presets.")] = None,
+    app_folder: AppOption = Path(),
+) -> None:
+    """The presets of simulations/presets, controls last; of those named, command, data and cost.
 
     Sizes are counted and computed by `python -m benchmarks.recipes`, which on a GPU measures a step, too, and for
     text-to-image by `python -m benchmarks.text_to_image`.
     """
     from ret_fl.config import ConfigError
     from ret_fl.engines import check_app
-    from ret_fl.presets import all_presets
+    from ret_fl.presets import all_presets, named
 
     try:
-        found = all_presets(check_app(app_folder))
+        found = named(all_presets(check_app(app_folder)), names or [])
     except ConfigError as error:
         raise stop(error) from None
     from rich.markup import escape
     from rich.padding import Padding
+    from rich.table import Table
 
     console = wide_console()
+    if not names:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for preset in found:
+            table.add_row(f"[bold]{preset.name}", escape(preset.title))
+        console.print(table)
+        console.print(f"\nCommand, data and size of one: ret-fl presets {found[0].name}", highlight=False)
+        return
     for preset in found:
         console.print(f"[bold]{preset.name}[/]  {escape(preset.title)}", highlight=False)
         for line in (preset.command, f"data: {preset.data}", f"size: {preset.size}", ""):

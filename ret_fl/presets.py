@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,3 +73,12 @@ def all_presets(app: Path) -> list[Preset]:
     """The presets of an app folder by name, controls last. Raises `ConfigError` as `Preset.read`."""
     folders = (app / FOLDER, app / FOLDER / CONTROLS)
     return [Preset.read(path) for folder in folders for path in sorted(folder.glob("*.toml"), key=lambda p: p.stem)]
+
+
+def named(presets: Sequence[Preset], names: Sequence[str]) -> list[Preset]:
+    """Those of these names, in their order; all without names. Raises `ConfigError` for a name that is none."""
+    by_name = {preset.name: preset for preset in presets}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ConfigError(f"no preset is called {', '.join(unknown)}: there are {', '.join(by_name)}")
+    return [by_name[name] for name in names] or list(presets)

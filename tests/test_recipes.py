@@ -54,12 +54,20 @@ def config_of(name: str, **changes: Scalar) -> RunConfig:
 
 
 def test_every_preset_is_valid_and_tells_its_command_data_and_size() -> None:
-    listed = " ".join(ret_fl("presets", "--app", ROOT).output.split())
+    listed = ret_fl("presets", "--app", ROOT).output
+    told = " ".join(ret_fl("presets", *PRESETS, "--app", ROOT).output.split())
     for name, preset in PRESETS.items():
         config_of(name)
         assert f"--preset {FOLDER}/{name}.toml" in preset.command
+        assert f"{preset.name} " in listed and preset.command not in listed
         for text in (preset.command, preset.title, preset.data, preset.size):
-            assert " ".join(text.split()) in listed
+            assert " ".join(text.split()) in told
+
+
+def test_a_preset_that_is_not_there_is_refused_with_those_that_are() -> None:
+    result = ret_fl("presets", "cifar11", "--app", ROOT)
+    assert result.exit_code == 1
+    assert "no preset is called cifar11" in result.output and "cifar10," in result.output
 
 
 def test_a_header_of_another_form_is_refused(tmp_path: Path) -> None:
