@@ -24,6 +24,7 @@ def first_order(config: RunConfig, fingerprint: str, ids: np.ndarray) -> TrainOr
         probability=np.ones(n, np.float32),
         strength=np.zeros(n, np.float32),
         log_ratio=np.full(n, np.nan, np.float32),
+        usual=np.full(n, np.nan, np.float32),
         bank_values=np.zeros(cells, np.float32),
         bank_visits=np.zeros(cells, np.int64),
     )

@@ -242,6 +242,11 @@ class RunConfig(Section):
         return FINE_TUNING_RATE if self.model.init_from else LEARNING_RATES[self.model.preset]
 
     @property
+    def usual_rounds(self) -> int:
+        """After how many rounds each sample's usual loss is known: `agc.usual-share` of them, at least one."""
+        return max(1, round(self.agc.usual_share * self.num_server_rounds))
+
+    @property
     def averages(self) -> bool:
         """Whether proxies are ever averaged; if not, the run ends with K models."""
         return self.aggregate_every > 0

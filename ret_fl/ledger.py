@@ -61,6 +61,7 @@ class ShardLedger:
     shard: int32 [N] in [0, K). visits, skips: int64 [N], how often it was drawn and how often AGC skipped it.
     recent_visits, recent_skips: the same since the sample last moved (the paper's counters).
     draws: int64 [N] and log_ratio_sum: float64 [N], its log-ratios so far (ret_fl/mitigation/losslog.py).
+    usual: float32 [N], its mean log-ratio early in training, when none is memorized; NaN until that is known.
     strength: float32 [N] in [0, 1], next-visit augmentation. probability: float32 [N] in (0, 1], of being visited, less
     in quarantine. copies: float32 [N], at least 1, by which orders divide it (`data.duplicates`); infinite: dropped.
     """
@@ -73,6 +74,7 @@ class ShardLedger:
     recent_skips: Ids
     draws: Ids
     log_ratio_sum: NDArray[np.float64]
+    usual: NDArray[np.float32]
     strength: NDArray[np.float32]
     probability: NDArray[np.float32]
     copies: NDArray[np.float32]
@@ -94,6 +96,7 @@ class ShardLedger:
             recent_skips=counter(),
             draws=counter(),
             log_ratio_sum=np.zeros(n),
+            usual=np.full(n, np.nan, np.float32),
             strength=np.zeros(n, np.float32),
             probability=np.ones(n, np.float32),
             copies=np.ones(n, np.float32),
@@ -124,6 +127,10 @@ class ShardLedger:
         """Mean log-ratio of each sample over all its draws: float32 [N], NaN where there was none."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return (self.log_ratio_sum / self.draws).astype(np.float32)
+
+    def settle_usual(self) -> None:
+        """Take each sample's mean log-ratio so far for its usual one, for good; what has one keeps it."""
+        self.usual = np.where(np.isnan(self.usual), self.log_loss_ratio(), self.usual)
 
     def skip_rate(self) -> NDArray[np.float64]:
         """Share of its visits at which each sample was skipped since it last moved: float64 [N]."""
@@ -215,10 +222,11 @@ class ShardLedger:
 
     @classmethod
     def load(cls, path: Path) -> ShardLedger:
-        """Read and check a ledger written by `save`; `copies` are 1 in one of a version that did not keep them."""
+        """Read and check a ledger written by `save`; one of a version without `copies` or `usual` knows none."""
         with np.load(path, allow_pickle=False) as saved:
             columns = {f.name: saved[f.name] for f in fields(cls) if f.name in saved and f.name != "num_shards"}
             columns.setdefault("copies", np.ones(len(saved["shard"]), np.float32))
+            columns.setdefault("usual", np.full(len(saved["shard"]), np.nan, np.float32))
             ledger = cls(num_shards=int(saved["num_shards"]), **columns)
         ledger.check()
         return ledger

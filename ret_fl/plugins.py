@@ -141,7 +141,7 @@ GATES = Point(
     "agc.mode",
     LossGate,
     "client",
-    _own("mitigation.agc", {"off": "off", "agc": "agc", "sample": "Sample", "random": "random"}),
+    _own("mitigation.agc", {"off": "off", "agc": "agc", "own": "own", "sample": "Sample", "random": "random"}),
 )
 AUGMENTERS = Point(
     "augmenter",

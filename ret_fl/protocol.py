@@ -69,7 +69,7 @@ class TrainOrder:
     """What a client needs to train one shard for one round; it needs nothing from earlier rounds.
 
     ids: int64 [n], samples of the shard; probability: float32 [n] in [0, 1], of visiting each in a pass;
-    strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio: float32 [n], NaN unknown;
+    strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio, usual: float32 [n], NaN unknown;
     bank_values: float32 [T or bins] and bank_visits: int64, the shard's loss bank.
     proxy_round: the round whose local proxy (weights, moments) the client should go on from, 0 for none.
     start: 'global' trains from the weights sent along; 'proxy' goes on with the client's own; 'sent' goes on with the
@@ -94,6 +94,7 @@ class TrainOrder:
     probability: Floats
     strength: Floats
     log_ratio: Floats
+    usual: Floats
     bank_values: Floats
     bank_visits: Ids
     frozen: str = ""
@@ -103,7 +104,7 @@ class TrainOrder:
     description: str = ""
     hashes: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 16), np.uint8))
 
-    _SAMPLES = ("ids", "probability", "strength", "log_ratio", "bank_values", "bank_visits", "hashes")
+    _SAMPLES = ("ids", "probability", "strength", "log_ratio", "usual", "bank_values", "bank_visits", "hashes")
     _SCALARS = (
         *("run_key", "fingerprint", "shard", "round", "proxy_round", "start", "upload"),
         *("frozen", "clipping_norm", "expires", "signature", "description"),
@@ -136,7 +137,7 @@ class TrainOrder:
         config = RunConfig.from_flat(json.loads(str(scalars.pop("config"))))
         fields = {k: scalars[k] for k in cls._SCALARS} | {k: samples[k] for k in cls._SAMPLES}
         order = cls(config=config, **fields)  # type: ignore[arg-type]
-        per_sample = (order.ids, order.probability, order.strength, order.log_ratio)
+        per_sample = (order.ids, order.probability, order.strength, order.log_ratio, order.usual)
         if not len(order.ids) or any(a.shape != order.ids.shape for a in per_sample):
             raise ProtocolError(f"order for shard {order.shard}: empty, or columns of unequal length")
         if order.hashes.shape != (len(order.ids) if order.signature else 0, 16) or order.hashes.dtype != np.uint8:

@@ -105,7 +105,9 @@ class Round:
         self.bank = LossBank(timesteps, agc.decay, bins=agc.bins, bias_correct=agc.bias_correct, device=device)
         self.bank.values.copy_(torch.from_numpy(order.bank_values))
         self.bank.visits.copy_(torch.from_numpy(order.bank_visits))
-        self.gate: Gate = make_gate(agc, self.bank, torch.from_numpy(order.log_ratio).to(device))
+        log_ratio, usual = (torch.from_numpy(column).to(device) for column in (order.log_ratio, order.usual))
+        self.gate: Gate = make_gate(agc, self.bank, log_ratio, usual)
+        self.easier = usual.exp().nan_to_num(1.0) if agc.mode == "own" else torch.ones_like(usual)
         self.log = LossLog(len(order.ids), timesteps)
         self.strength = torch.tensor(order.strength, device=device)
         self.sound = torch.ones((), dtype=torch.bool, device=device)
@@ -184,7 +186,7 @@ class Round:
             """Let the gate look at losses, and say which are trained on now."""
             weight = self._weigh(loss, draw.t[part], where[part])
             seen[part], keep[part] = loss, weight > 0
-            return weight * (self._ratio(loss, draw.t[part]) >= config.taa.bar) if band else weight
+            return weight * (self._ratio(loss, draw.t[part], where[part]) >= config.taa.bar) if band else weight
 
         band = mode == "two-pass-band"
         if mode == "two-pass-all":
@@ -193,7 +195,7 @@ class Round:
                     choose(self._losses(samples), part)
         else:
             self._train(draw, choose, config.agc.max_rescale)
-        ratio = self._ratio(seen, draw.t) if mode != "off" else None
+        ratio = self._ratio(seen, draw.t, where) if mode != "off" else None
         self.log.record(where, draw.t, seen, keep)
         self.bank.update(draw.t, seen)
         if ratio is not None:
@@ -206,9 +208,9 @@ class Round:
             self.sound &= ((weight >= 0) & (weight <= 1)).all()
         return weight
 
-    def _ratio(self, loss: Tensor, t: Tensor) -> Tensor:
+    def _ratio(self, loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
         """Of each loss to its threshold: float [B]. Where AGC does not look, no loss is near its threshold."""
-        ratio = taa.threshold_ratio(loss, self.bank.value(t), self.config.agc.mem_ratio)
+        ratio = taa.threshold_ratio(loss, self.bank.value(t) * self.easier[position], self.config.agc.mem_ratio)
         return ratio.masked_fill(t >= self.config.agc.t_max, torch.inf)
 
     def _augment_later(self, position: Tensor, where: Tensor, ratio: Tensor, kept_back: Tensor) -> None:

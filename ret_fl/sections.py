@@ -261,7 +261,7 @@ class OptimizerConfig(Section):
     )
 
 
-LEARNING_RATES = {"tiny": 1.2e-2, "small": 1e-3, "base": 5e-4, "ddpm-cifar": 2e-4, "ddpm-64": 2e-4}
+LEARNING_RATES = {"tiny": 6e-3, "small": 1e-3, "base": 5e-4, "ddpm-cifar": 2e-4, "ddpm-64": 2e-4}
 """What optimizer.lr=0 means for each model.preset: tiny's is measured (docs/results), ddpm's is DDPM's own."""
 FINE_TUNING_RATE = 1e-5
 
@@ -272,24 +272,34 @@ class EmaConfig(Section):
 
 class AgcConfig(Section):
     mode: Annotated[str, AfterValidator(GATES.by_name)] = Field(
-        "off",
+        "own",
         description="Anti-Gradient Control. 'agc': a sample whose loss is abnormally low for its timestep gives no "
-        "gradient; 'sample': the same by each sample's own history; 'random': the control, skips at random-rate; or a "
-        "plug-in (docs/extending.md). Off: quarantine skips whole samples at less cost (docs/results/gate.md).",
+        "gradient; 'own': abnormally low for its timestep and for itself, beside its usual loss early in training; "
+        "'sample': skipped by chance, the more often the lower its mean; 'random': the control, skips at random-rate; "
+        "'off'; or a plug-in (docs/extending.md).",
     )
     mem_ratio: float = Field(
-        1.5, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        1.25, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
-    decay: float = Field(0.8, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit.")
-    bins: int = Field(0, ge=0, description="Pool the timesteps of the bank in this many bins; 0: one a timestep.")
+    usual_share: float = Field(
+        0.16,
+        gt=0,
+        lt=1,
+        description="Mode 'own': share of the rounds, from the first, over which each sample's usual loss is measured; "
+        "before their end none is skipped.",
+    )
+    decay: float = Field(
+        0.98, ge=0, lt=1, description="How much of the old loss the bank keeps at each visit (the paper: 0.8)."
+    )
+    bins: int = Field(50, ge=0, description="Pool the timesteps of the bank in this many bins; 0: one a timestep.")
     warm_passes: int = Field(
         0,
         ge=0,
         description="Passes of the starting model over a shard that fill its empty bank before it first trains: for "
         "fine-tuning, where a bank of zeros would let samples through that the model knows well.",
     )
-    bias_correct: bool = Field(False, description="Undo the bank's bias towards its zero start.")
+    bias_correct: bool = Field(True, description="Undo the bank's bias towards its zero start.")
     min_visits: int = Field(0, ge=0, description="Skip nothing at a timestep the bank has seen fewer times than this.")
     max_rescale: float = Field(
         0.0, ge=0, description="Upper bound of the rescaling B/kept of what is left of a batch; 0: none."

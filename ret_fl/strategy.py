@@ -228,6 +228,7 @@ class RedistributeEnsemble(Strategy):
             probability=self.ledger.ordered()[ids],
             strength=self.ledger.strength[ids],
             log_ratio=self.ledger.log_loss_ratio()[ids],
+            usual=self.ledger.usual[ids],
             bank_values=state.bank_values,
             bank_visits=state.bank_visits,
             frozen=self.frozen,
@@ -274,6 +275,8 @@ class RedistributeEnsemble(Strategy):
             self.journal.note(TRAINED, round=round, shard=report.shard, node=node, images=report.images,
                               samples=report.num_examples, seconds=report.seconds, loss=report.loss,
                               skip_rate=report.skip_rate)  # fmt: skip
+        if round >= self.config.usual_rounds:
+            self.ledger.settle_usual()
         moves = self._redistribute(round, reports)
         for source, target in sorted(set(zip(moves.source.tolist(), moves.target.tolist(), strict=True))):
             ids = moves.ids[(moves.source == source) & (moves.target == target)].tolist()

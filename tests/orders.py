@@ -40,6 +40,7 @@ def make_order(config: RunConfig, *, round: int = 1, bank: float = 0.0, **change
         probability=np.ones(len(ids), np.float32),
         strength=np.zeros(len(ids), np.float32),
         log_ratio=np.full(len(ids), np.nan, np.float32),
+        usual=np.full(len(ids), np.nan, np.float32),
         bank_values=np.full(cells, bank, np.float32),
         bank_visits=np.full(cells, 100 if bank else 0, np.int64),
     )

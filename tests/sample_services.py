@@ -68,6 +68,7 @@ class Serving:
             probability=columns,
             strength=columns,
             log_ratio=columns,
+            usual=columns,
             bank_values=columns,
             bank_visits=ids,
         )

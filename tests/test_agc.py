@@ -16,6 +16,7 @@ from ret_fl.config import AgcConfig
 from ret_fl.mitigation.agc import LossBank, gated_mean, keep_mask, make_gate
 
 T = 10
+UNKNOWN = torch.full((5,), float("nan"))
 visit = st.tuples(st.integers(0, T - 1), st.floats(0, 1, width=32))
 batches = st.lists(st.lists(visit, min_size=1, max_size=40), min_size=1, max_size=4)
 
@@ -64,7 +65,7 @@ def test_a_fresh_bank_is_zero_and_keeps_every_sample_of_the_first_batch() -> Non
     bank = LossBank(T)
     loss, t = torch.tensor([1.0, 1e-8, 0.0]), torch.tensor([4, 4, 4])
     assert bank.value(t).tolist() == [0, 0, 0]
-    gate = make_gate(AgcConfig(mode="agc", mem_ratio=1.25), bank, torch.zeros(3))
+    gate = make_gate(AgcConfig(mode="agc", mem_ratio=1.25), bank, torch.zeros(3), UNKNOWN)
     # the third loss is far below the first of its own batch: the bank does not know that one yet
     assert gate(loss, t, t).tolist() == [True, True, True]
     bank.update(t[:1], loss[:1])
@@ -75,7 +76,7 @@ def test_reading_the_bank_and_asking_the_gate_leave_it_as_it_is() -> None:
     bank = LossBank(T)
     bank.update(torch.tensor([1, 1, 2]), torch.tensor([0.5, 0.25, 0.75]))
     before = bank.values.clone(), bank.visits.clone()
-    gate = make_gate(AgcConfig(), bank, torch.zeros(1))
+    gate = make_gate(AgcConfig(), bank, torch.zeros(1), UNKNOWN)
     for _ in range(3):
         always(gate, 0.01, 1)
         bank.value(torch.arange(T))
@@ -142,20 +143,20 @@ def seen_bank(loss: float, visits: int = 1) -> LossBank:
 
 
 def test_timesteps_from_t_max_on_are_never_skipped() -> None:
-    gate = make_gate(AgcConfig(mode="agc", t_max=500), seen_bank(1.0), torch.zeros(1))
+    gate = make_gate(AgcConfig(mode="agc", t_max=500), seen_bank(1.0), torch.zeros(1), UNKNOWN)
     kept = gate(torch.zeros(1000), torch.arange(1000), torch.zeros(1000, dtype=torch.int64))
     assert not kept[:500].any() and kept[500:].all()
 
 
 def test_nothing_is_skipped_before_min_visits() -> None:
     for visits in (1, 4, 5, 6):
-        gate = make_gate(AgcConfig(mode="agc", min_visits=5), seen_bank(1.0, visits), torch.zeros(1))
+        gate = make_gate(AgcConfig(mode="agc", min_visits=5), seen_bank(1.0, visits), torch.zeros(1), UNKNOWN)
         assert always(gate, 0.0, 3).item() is (visits < 5)
 
 
 def test_a_gate_follows_its_bank_as_it_is_updated() -> None:
     bank = LossBank(T, 0.0)
-    gate = make_gate(AgcConfig(mode="agc", mem_ratio=2.0, t_max=T), bank, torch.zeros(1))
+    gate = make_gate(AgcConfig(mode="agc", mem_ratio=2.0, t_max=T), bank, torch.zeros(1), UNKNOWN)
     assert always(gate, 0.4, 2).item()
     bank.update(torch.tensor([2]), torch.tensor([1.0]))
     assert not always(gate, 0.4, 2).item()
@@ -163,7 +164,7 @@ def test_a_gate_follows_its_bank_as_it_is_updated() -> None:
 
 
 def test_off_keeps_everything() -> None:
-    gate = make_gate(AgcConfig(mode="off"), seen_bank(1e9), torch.full((1,), -1e9))
+    gate = make_gate(AgcConfig(mode="off"), seen_bank(1e9), torch.full((1,), -1e9), UNKNOWN)
     assert always(gate, 0.0, 0, draws=100).all()
 
 
@@ -205,7 +206,7 @@ def test_max_rescale_caps_the_weight_of_a_kept_sample_exactly(kept: int, data: s
 def test_the_random_control_skips_at_its_rate_whatever_the_loss() -> None:
     torch.manual_seed(0)
     draws, rate = 20_000, 0.3
-    gate = make_gate(AgcConfig(mode="random", random_rate=rate, t_max=500), seen_bank(1.0), torch.zeros(1))
+    gate = make_gate(AgcConfig(mode="random", random_rate=rate, t_max=500), seen_bank(1.0), torch.zeros(1), UNKNOWN)
     sigma = (rate * (1 - rate) / draws) ** 0.5
     for loss in (0.0, 1e6):
         skipped = 1 - always(gate, loss, 499, draws=draws).float().mean().item()
@@ -217,7 +218,7 @@ def test_the_sample_gate_spares_the_upper_half_and_thins_the_lower_as_stated() -
     torch.manual_seed(0)
     ratio = torch.tensor([float("nan"), -1.0, -0.25, 0.0, 0.1, 5.0])  # median of the known: 0
     config = AgcConfig(mode="sample", sharpness=2.0, t_max=500)
-    gate = make_gate(config, LossBank(1000), ratio)
+    gate = make_gate(config, LossBank(1000), ratio, UNKNOWN)
     draws = 20_000
     for position, expected in enumerate([1, np.exp(-2.0), np.exp(-0.5), 1, 1, 1]):
         rate = always(gate, 0.0, 10, position, draws).float().mean().item()
@@ -229,8 +230,38 @@ def test_the_sample_gate_spares_the_upper_half_and_thins_the_lower_as_stated() -
 
 
 def test_the_sample_gate_knowing_nothing_keeps_everything() -> None:
-    gate = make_gate(AgcConfig(mode="sample"), LossBank(1000), torch.full((4,), float("nan")))
+    gate = make_gate(AgcConfig(mode="sample"), LossBank(1000), torch.full((4,), float("nan")), UNKNOWN)
     assert always(gate, 0.0, 0, 3, draws=1000).all()
+
+
+@settings(deadline=None)
+@given(st.lists(visit, min_size=1, max_size=20), st.floats(1.05, 4))
+def test_the_own_gate_is_the_papers_where_no_sample_is_unusual(batch: list[tuple[int, float]], ratio: float) -> None:
+    t, loss = tensors([(t % 3, loss) for t, loss in batch])
+    gates = [
+        make_gate(AgcConfig(mode=mode, mem_ratio=ratio, t_max=2), seen_bank(0.5), torch.zeros(1), torch.zeros(1))
+        for mode in ("agc", "own")
+    ]
+    papers, own = (gate(loss, t, torch.zeros_like(t)) for gate in gates)
+    assert own.tolist() == papers.tolist()
+
+
+def test_the_own_gate_holds_a_sample_against_its_own_usual_loss() -> None:
+    easy, hard, unknown = 0, 1, 2
+    config, bank = AgcConfig(mode="own", mem_ratio=1.25, t_max=500), seen_bank(1.0)
+    gate = make_gate(config, bank, torch.zeros(3), torch.tensor([-1.0, 1.0, float("nan")]))
+    papers = make_gate(config.model_copy(update={"mode": "agc"}), bank, torch.zeros(3), torch.zeros(3))
+    # thresholds: .8 for the paper's gate, .8 / e for the easy sample, .8 * e for the hard one
+    for loss, position, kept, kept_by_papers in (
+        (0.30, easy, True, False),
+        (0.29, easy, False, False),
+        (2.18, hard, True, True),
+        (2.17, hard, False, True),
+        (1e-9, unknown, True, False),
+    ):
+        assert always(gate, loss, 10, position).item() is kept
+        assert always(papers, loss, 10, position).item() is kept_by_papers
+        assert always(gate, loss, 500, position).item() is True
 
 
 class NoHostSync(TorchDispatchMode):
@@ -269,10 +300,10 @@ def test_the_sync_detector_detects() -> None:
 
 
 @pytest.mark.parametrize("bins", [0, 5])
-@pytest.mark.parametrize("mode", ["off", "agc", "sample", "random"])
+@pytest.mark.parametrize("mode", ["off", "agc", "own", "sample", "random"])
 def test_gate_loss_and_bank_never_wait_for_the_device(mode: Any, bins: int) -> None:
     bank = LossBank(T, bins=bins, bias_correct=True)
-    gate = make_gate(AgcConfig(mode=mode, t_max=T, min_visits=1), bank, torch.rand(4))
+    gate = make_gate(AgcConfig(mode=mode, t_max=T, min_visits=1), bank, torch.rand(4), UNKNOWN)
     loss, t, position = torch.rand(8, requires_grad=True), torch.randint(T, (8,)), torch.randint(4, (8,))
     with NoHostSync():
         keep = gate(loss.detach(), t, position)
@@ -292,7 +323,7 @@ def test_the_bank_runs_on_a_device_without_values() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_of_agc_on_cuda_makes_no_synchronising_call() -> None:
     bank = LossBank(T, device="cuda")
-    gate = make_gate(AgcConfig(), bank, torch.rand(4, device="cuda"))
+    gate = make_gate(AgcConfig(), bank, torch.rand(4, device="cuda"), UNKNOWN)
     loss, t = torch.rand(8, device="cuda"), torch.randint(T, (8,), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

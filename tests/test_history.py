@@ -49,6 +49,26 @@ def test_every_round_tells_the_orders_and_the_reports(tiny: Tiny, tmp_path: Path
     assert sum((a.shard != b.shard).sum() for a, b in pairwise(phases)) == sum(row["moved"] for row in run.rows())
 
 
+def test_the_default_skips_nothing_before_usual_losses_are_known_and_some_afterwards(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    own: dict[str, Scalar] = {"agc.usual-share": 0.5, "agc.mem-ratio": 1.01, "agc.t-max": 1000, "num-server-rounds": 4}
+    seen = Recorder()
+    run = run_server(tiny(SETTINGS, {"agc.mode": RunConfig().agc.mode}, own), tmp_path / "run", seen)
+    usual = ShardLedger.load(run.ledger).usual
+    draws, sums = np.zeros(len(usual)), np.zeros(len(usual))
+    reports = sorted((report for report, _ in seen.replies), key=lambda report: report.round)
+    for report in reports[: len(reports) // 2]:
+        draws[report.ids] += report.draws
+        sums[report.ids] += report.log_ratio_sum
+    known = draws > 0
+    np.testing.assert_allclose(usual[known], (sums[known] / draws[known]).astype(np.float32))
+    for _, order in seen.orders:
+        assert np.isnan(order.usual).all() if order.round <= 2 else np.isfinite(order.usual[known[order.ids]]).all()
+    skips = [report.skips.sum() for report in reports]
+    assert sum(skips[: len(skips) // 2]) == 0 and min(skips[len(skips) // 2 :]) > 0
+
+
 def test_show_follows_a_sample_through_the_rounds(tiny: Tiny, tmp_path: Path) -> None:
     def silent(request: Message, reply: Message) -> None:
         reply.content.clear()

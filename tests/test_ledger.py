@@ -66,7 +66,8 @@ def moves(*triples: tuple[int, int, int]) -> Moves:
 
 
 def same(a: ShardLedger, b: ShardLedger) -> bool:
-    return all(np.array_equal(getattr(a, c), getattr(b, c)) for c in COLUMNS)
+    unknown = ("usual",)
+    return all(np.array_equal(getattr(a, c), getattr(b, c), equal_nan=c in unknown) for c in COLUMNS)
 
 
 def refuses(ledger: ShardLedger, action: Callable[[ShardLedger], None], message: str) -> None:
@@ -170,6 +171,19 @@ def test_reports_add_up() -> None:
     np.testing.assert_array_equal(ledger.log_loss_ratio(), np.array([np.nan, np.nan, -0.5, np.nan, 0.5], np.float32))
     np.testing.assert_allclose(ledger.skip_rate(), [0, 0, 0.8, 0, 0.5])
     ledger.check()
+
+
+def test_a_usual_log_ratio_once_known_stays_and_what_is_not_known_yet_follows() -> None:
+    ledger = ledger_of(3)
+    one = np.ones(1, np.int64)
+    ledger.settle_usual()
+    assert np.isnan(ledger.usual).all()
+    ledger.absorb(report(0, [0], draws=2 * one, log_ratio_sum=-1.0 * one))
+    ledger.settle_usual()
+    np.testing.assert_array_equal(ledger.usual, np.array([-0.5, np.nan, np.nan], np.float32))
+    ledger.absorb(report(0, [0, 2], draws=np.array([2, 1]), log_ratio_sum=np.array([-9.0, 0.25])))
+    ledger.settle_usual()
+    np.testing.assert_array_equal(ledger.usual, np.array([-0.5, np.nan, 0.25], np.float32))
 
 
 def test_a_reported_strength_is_clipped_to_what_augmentation_means() -> None:

@@ -57,6 +57,7 @@ def an_order() -> TrainOrder:
         probability=rng.random(n).astype(np.float32),
         strength=rng.random(n).astype(np.float32),
         log_ratio=np.array([np.nan, -1.5, 0, 2, np.nan, 1e-30, -0.0], np.float32),
+        usual=np.array([0, np.nan, 1.5, -2, 1e30, np.nan, -0.0], np.float32),
         bank_values=rng.random(cells).astype(np.float32),
         bank_visits=rng.integers(0, 2**40, cells),
     )

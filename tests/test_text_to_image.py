@@ -58,7 +58,13 @@ def test_a_round_equals_a_plain_diffusers_training_loop(tmp_path: Path, predicti
     settings = text_settings(tmp_path, SCHEDULERS[prediction]())
     config = RunConfig.from_flat(settings | PLAIN | {"local-steps": 3, "ema.decay": 0.0})
     columns = {"probability": np.ones(6, np.float32), "strength": np.zeros(6, np.float32)}
-    order = make_order(config, ids=np.arange(6), log_ratio=np.full(6, np.nan, np.float32), **columns)
+    order = make_order(
+        config,
+        ids=np.arange(6),
+        log_ratio=np.full(6, np.nan, np.float32),
+        usual=np.full(6, np.nan, np.float32),
+        **columns,
+    )
     store = training_set(config)
     trained = train_proxy(make_trainer(config), order, fresh_weights(config), store, "photo", None).weights
     folder = tmp_path / "model"

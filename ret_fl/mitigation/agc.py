@@ -107,12 +107,14 @@ class Seen:
     """What a gate may look at beside the losses of a batch of B from a shard of n.
 
     position: int64 [B], where the samples stand in the shard. bank: the usual loss at each timestep, before this
-    batch. log_ratio: float32 [n], each sample's mean log-ratio over the rounds so far (NaN: unknown).
+    batch. log_ratio: float32 [n], each sample's mean log-ratio over the rounds so far (NaN: unknown); usual: float32
+    [n], the same over the first rounds alone, `agc.usual-share` of them (NaN before their end, too).
     """
 
     position: Tensor
     bank: LossBank
     log_ratio: Tensor
+    usual: Tensor
 
 
 def off(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
@@ -122,8 +124,23 @@ def off(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
 
 def agc(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
     """The paper's: a sample whose loss is abnormally low for its timestep is skipped."""
-    free = (t >= config.t_max) | (seen.bank.visits[seen.bank.cell(t)] < config.min_visits)
-    return keep_mask(loss, seen.bank.value(t), config.mem_ratio) | free
+    return keep_mask(loss, seen.bank.value(t), config.mem_ratio) | _free(t, seen, config)
+
+
+def own(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
+    """Ours: a sample is skipped whose loss is abnormally low for its timestep and for itself.
+
+    Its usual loss is what the bank tells times e^usual: how much easier or harder than others it was early in
+    training, when none was memorized. So easy samples are not taken for memorized ones. Unknown ones train.
+    """
+    usual = seen.usual[seen.position]
+    own_value = seen.bank.value(t) * usual.exp()
+    return keep_mask(loss, own_value, config.mem_ratio) | usual.isnan() | _free(t, seen, config)
+
+
+def _free(t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
+    """Where the bank does not tell: bool [B]."""
+    return (t >= config.t_max) | (seen.bank.visits[seen.bank.cell(t)] < config.min_visits)
 
 
 class Sample:
@@ -144,15 +161,15 @@ def random(loss: Tensor, t: Tensor, seen: Seen, config: AgcConfig) -> Tensor:
     return (torch.rand_like(loss) >= config.random_rate) | (t >= config.t_max)
 
 
-def make_gate(config: AgcConfig, bank: LossBank, log_ratio: Tensor) -> Gate:
-    """The gate that `agc.mode` names, for one order; bank and log_ratio as in `Seen`.
+def make_gate(config: AgcConfig, bank: LossBank, log_ratio: Tensor, usual: Tensor) -> Gate:
+    """The gate that `agc.mode` names, for one order; bank, log_ratio and usual as in `Seen`.
 
     Raises `ConfigError` as `ret_fl.loading.load`; so does the gate for weights of another shape or kind.
     """
     (plugin,) = load(GATES, config.mode, config.options)
 
     def gate(loss: Tensor, t: Tensor, position: Tensor) -> Tensor:
-        weight = plugin.call(loss, t, Seen(position, bank, log_ratio), config)
+        weight = plugin.call(loss, t, Seen(position, bank, log_ratio, usual), config)
         if not isinstance(weight, Tensor) or weight.shape != loss.shape or weight.dtype not in WEIGHTS:
             told = (tuple(weight.shape), weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
             raise ConfigError(
