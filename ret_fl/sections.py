@@ -241,7 +241,7 @@ class OptimizerConfig(Section):
     lr: float = Field(
         0.0,
         ge=0,
-        description="AdamW learning rate after warm-up; 0: that of model.preset (tiny .012, small .001, base .0005, "
+        description="AdamW learning rate after warm-up; 0: that of model.preset (tiny .006, small .001, base .0005, "
         "ddpm-cifar and ddpm-64 .0002), or 1e-5 to go on from model.init-from.",
     )
     schedule: Literal["constant", "cosine"] = Field(
