@@ -68,8 +68,8 @@ def test_every_proxy_trains_as_if_it_were_alone(tiny: Tiny, federate: Federate) 
             n = len(ids)
             order = TrainOrder(
                 config, "x", data.train.fingerprint, shard, round, 0, "global", True, ids, np.ones(n, np.float32),
-                np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(cells, np.float32),
-                np.zeros(cells, np.int64),
+                np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32),
+                np.zeros(cells, np.float32), np.zeros(cells, np.int64),
             )  # fmt: skip
             trained = train_proxy(make_trainer(config), order, weights, data.train, data.kind, state)
             weights, state = trained.weights, trained.state

@@ -105,7 +105,7 @@ def test_rows_of_a_file_with_other_defaults_keep_their_settings(tmp_path: Path) 
 
 def test_settings_that_do_nothing_do_not_tell_trainings_apart() -> None:
     def config(**changes: Scalar) -> RunConfig:
-        return RunConfig.from_flat({"redistribution.policy": "none"} | changes)
+        return RunConfig.from_flat({"redistribution.policy": "none", "agc.mode": "off"} | changes)
 
     plain = config()
     for idle in (

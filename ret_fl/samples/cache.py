@@ -115,10 +115,12 @@ class SegmentCache:
         try:
             with temporary.open("wb") as file:
                 np.save(file, records, allow_pickle=False)
+            # opened before it has its name: another process may drop it as soon as it has one
+            written = _open(temporary, known.record)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        return Segment(path, _open(path, known.record), np.ones(len(records), bool))
+        return Segment(path, written, np.ones(len(records), bool))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
