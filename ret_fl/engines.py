@@ -17,7 +17,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -191,13 +191,14 @@ def isolated_superlink(log_file: Path) -> Iterator[dict[str, str]]:
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
         command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
         command += ["--database", str(Path(home) / "state.db")]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         with ending_on_signals() as hurry:
+            before = children()
             try:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
                 yield environment
             finally:
-                end_with_children([process], hurry)
+                end_with_children(children() - before, hurry)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path, ca: Path | None = None) -> None:
@@ -215,7 +216,12 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path, ca: Pat
     raise RunFailedError(f"Flower's SuperLink did not come up within {START_SECONDS} s. Log: {log_file}")
 
 
-def end_with_children(started: Sequence[subprocess.Popen[bytes]], hurry: threading.Event) -> None:
+def children() -> set[psutil.Process]:
+    """The processes this one has started, also one whose start a signal has broken off."""
+    return set(psutil.Process().children())
+
+
+def end_with_children(started: Iterable[psutil.Process], hurry: threading.Event) -> None:
     """End processes with all they started: a simulation left behind would go on writing into the run's folder.
 
     They get 10 s to end by themselves, none once `hurry` is set.
@@ -223,18 +229,17 @@ def end_with_children(started: Sequence[subprocess.Popen[bytes]], hurry: threadi
     family: list[psutil.Process] = []
     for process in started:
         with suppress(psutil.NoSuchProcess):
-            family += [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            family += [*process.children(recursive=True), process]
     for member in family:
         with suppress(psutil.NoSuchProcess):
             member.terminate()
-    deadline = time.monotonic() + END_SECONDS
-    while family and time.monotonic() < deadline and not hurry.is_set():
-        family = psutil.wait_procs(family, timeout=0.1)[1]
-    for member in family:
+    left, deadline = family, time.monotonic() + END_SECONDS
+    while left and time.monotonic() < deadline and not hurry.is_set():
+        left = psutil.wait_procs(left, timeout=0.1)[1]
+    for member in left:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    for process in started:
-        process.wait()
+    psutil.wait_procs(left)
 
 
 def cpus_each(nodes: int) -> int:

@@ -15,6 +15,7 @@ from ret_fl.deploy.kit import Kit, write_kit
 from ret_fl.engines import (
     START_SECONDS,
     RunFailedError,
+    children,
     cpus_each,
     end_with_children,
     ending_on_signals,
@@ -120,7 +121,7 @@ def local_federation(
         kit = write_kit(federation, folder / "kit")
         cores = {"OMP_NUM_THREADS": str(cpus_each(supernodes)), "XDG_CACHE_HOME": str(user_cache("").parent)}
         environment = cores | flower_environment(kit.operator)
-        running = LocalFederation(federation, kit, environment, {}, log_file)
+        running, before = LocalFederation(federation, kit, environment, {}, log_file), children()
         try:
             say(f"starting the SuperLink on {federation.superlink.address}")
             running.start_superlink()
@@ -135,6 +136,8 @@ def local_federation(
             try:
                 say("ending SuperNodes and SuperLink (Ctrl-C kills them at once)")
             finally:  # whether or not there is still somebody to hear it
-                superlink = running.processes.pop(SUPERLINK, None)
-                end_with_children(list(running.processes.values()), hurry)  # first, so that they can sign off
-                end_with_children([superlink] if superlink else [], hurry)
+                superlink = running.processes.get(SUPERLINK)
+                own = children() - before
+                carriers = {process for process in own if superlink and process.pid == superlink.pid}
+                end_with_children(own - carriers, hurry)  # first, so that they can sign off
+                end_with_children(carriers, hurry)
