@@ -28,8 +28,7 @@ from ret_fl.roster import Roster
 T = TypeVar("T")
 
 PULL_SECONDS = 0.5
-PART_SECONDS = 0.2
-"""How often a part of a reply that is still on its way is asked for. Flower itself waits 1 s, 2 s, 4 s and so on."""
+"""How often replies are asked for, and the parts of one that is still on its way."""
 LOOK_SECONDS = 5.0
 """How often the dispatcher asks which nodes are alive."""
 LEAST_SECONDS = 120.0
@@ -123,10 +122,10 @@ def _until_not_busy(ask: Callable[[], T]) -> T:
 
 @contextmanager
 def _asking_often() -> Iterator[None]:
-    """Within, Flower asks for the parts of a reply every `PART_SECONDS`, as long as its node goes on sending them."""
+    """Within, Flower asks for a part of a reply every `PULL_SECONDS` until it is there; else after 1, 2, 4 s, ..."""
     usual = http_grid.pull_objects
     http_grid.pull_objects = partial(
-        usual, initial_backoff=PART_SECONDS, backoff_cap=PART_SECONDS, max_tries_per_object=None
+        usual, initial_backoff=PULL_SECONDS, backoff_cap=PULL_SECONDS, max_tries_per_object=None
     )
     try:
         yield
