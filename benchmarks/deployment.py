@@ -6,10 +6,12 @@
 SuperLink and SuperNodes are those of `ret-fl deploy local` and stay up; apps take turns on them:
   flower   benchmarks/noop: clients send back as many bytes as ret-fl's (raw and averaged weights), and do nothing
   + U-Net  the same, whose clients load torch and diffusers' U-Net first, since Flower starts a process for every order
-  ret-fl   with its defaults, a shard being one small batch; its clients' time of training is taken off
+  ret-fl   with its defaults, a shard being one small batch of a folder of images; its clients' time of training is
+           taken off
 A phase lasts from one sending of orders to the next; the first of a run is left out. Beside its seconds stand those of
-a CPU core that the ServerApp and one client took, which do not depend on what else the machine does. Memory is the most
-that the process of the ServerApp takes, in sizes of a reply.
+a CPU core that the ServerApp, one client and Flower's own processes (SuperLink, SuperNodes, SuperExecs) took, which
+hang less on what else the machine does. Memory is the most that the process of the ServerApp takes, in sizes of a
+reply.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psutil
+from PIL import Image
 
 from ret_fl.config import Scalar
 from ret_fl.deploy.local import LocalFederation, local_federation
@@ -49,6 +53,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.memory, self.server, self.clients = 0, [(0.0, 0.0)], dict[int, float]()
+        self.carriers = [(0.0, 0.0)]
+        self.ended = {process.pid for process in self._processes() if "serverapp" in process.name()}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -56,44 +62,55 @@ class Watch:
 
     def _watch(self) -> None:
         while not self.over.wait(0.1):
-            server = 0.0
-            for process in self._children():
+            server = carriers = 0.0
+            for process in self._processes():
                 try:
                     name, cpu = process.name(), sum(process.cpu_times()[:2])
                     if "clientapp" in name:
                         self.clients[process.pid] = cpu
+                    elif process.pid in self.ended:  # an earlier run's, which Flower has not asked after yet
+                        continue
                     elif "serverapp" in name:
                         server = max(server, cpu)
                         self.memory = max(self.memory, process.memory_info().rss)
+                    else:
+                        carriers += cpu
                 except psutil.NoSuchProcess:
                     continue
             self.server.append((time.time(), server))
+            self.carriers.append((time.time(), carriers))
 
-    def _children(self) -> list[psutil.Process]:
-        return [c for p in self.running.processes.values() for c in psutil.Process(p.pid).children(recursive=True)]
+    def _processes(self) -> list[psutil.Process]:
+        started = [psutil.Process(process.pid) for process in self.running.processes.values()]
+        return started + [child for process in started for child in process.children(recursive=True)]
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self.thread.join()
 
-    def server_until(self, moment: float) -> float:
-        """Seconds of a core that the ServerApp took until then."""
-        return max(cpu for when, cpu in self.server if when <= moment)
+
+def until(moment: float, taken: Sequence[tuple[float, float]]) -> float:
+    """Seconds of a core taken until then."""
+    return max(cpu for when, cpu in taken if when <= moment)
 
 
 @dataclass
 class Measured:
-    """Of one kind of app, training left out: seconds of its phases, a core's seconds of server and client, bytes."""
+    """Of one kind of app, training left out: seconds of its phases, a core's seconds of server, a client and Flower's
+    own processes, bytes.
+    """
 
     phases: list[float] = field(default_factory=list)
     server: list[float] = field(default_factory=list)
     client: list[float] = field(default_factory=list)
+    carriers: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
 
     def add(self, watch: Watch, ends: Sequence[float], training: float, orders: int) -> None:
         """A run whose phases ended at `ends` (s since 1970), the first of them left out."""
         self.phases += [b - a - training for a, b in itertools.pairwise(ends)]
-        self.server += [watch.server_until(b) - watch.server_until(a) for a, b in itertools.pairwise(ends)]
+        for told, taken in ((self.server, watch.server), (self.carriers, watch.carriers)):
+            told += [until(b, taken) - until(a, taken) for a, b in itertools.pairwise(ends)]
         self.client += [cpu - training for cpu in list(watch.clients.values())[-orders:]]
         self.memory.append(watch.memory)
 
@@ -107,11 +124,21 @@ def bare(running: LocalFederation, folder: Path, rounds: int, values: int, impor
     return [float(moment) for moment in json.loads(out.read_text())[1:]]
 
 
+def make_images(folder: Path) -> None:
+    """A folder of images, as a deployment has one: the built-in digits would have every client load scikit-learn."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(16 * NODES):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
 def ours(running: LocalFederation, out: Path, rounds: int, preset: str) -> tuple[list[float], float, int]:
     """When orders were sent, from the second round on; seconds of training in a round; bytes of a reply."""
+    make_images(out.parent / "images")
     settings: dict[str, Scalar] = {
-        "data.limit": 4 * NODES, "data.image-size": 16, "batch-size": 4, "local-epochs": 1, "shards": NODES,
-        "min-nodes": NODES, "num-server-rounds": rounds, "evaluate-every": 0, "samples": 0, "model.preset": preset,
+        "data.source": "image-folder", "data.path": str(out.parent / "images"), "data.limit": 4 * NODES,
+        "data.image-size": 16, "batch-size": 4, "local-epochs": 1, "shards": NODES, "min-nodes": NODES,
+        "num-server-rounds": rounds, "evaluate-every": 0, "samples": 0, "model.preset": preset,
     }  # fmt: skip
     run, config = new_run(settings, out)
     submit(ROOT, run, config, dict(running.environment))
@@ -152,16 +179,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats)
     print(f"{NODES} SuperNodes, {size / 1e6:.0f} MB a reply: {args.preset}, raw and averaged weights")
-    print(f"{'app':<9} {'seconds a phase':>16} {'CPU, server':>12} {'CPU, a client':>14} {'memory, in replies':>19}")
+    print(
+        f"{'app':<9} {'seconds a phase':>16} {'CPU: server':>12} {'a client':>9} {'Flower':>7} {'memory, replies':>16}"
+    )
     middle = {
-        kind: [statistics.median(x) for x in (told.phases, told.server, told.client, told.memory)]
+        kind: [statistics.median(x) for x in (told.phases, told.server, told.client, told.carriers, told.memory)]
         for kind, told in found.items()
     }
-    for kind, (phase, server, client, memory) in middle.items():
-        print(f"{kind:<9} {phase:>16.1f} {server:>12.1f} {client:>14.1f} {memory / size:>19.1f}")
-    beyond = [a - b for a, b in zip(middle[OURS], middle[UNET], strict=True)]
-    print(f"ret-fl beyond Flower and the U-Net: {beyond[0]:+.1f} s a phase (bar: {BAR:g} s), "
-          f"{beyond[1] + beyond[2]:+.1f} s of a core")  # fmt: skip
+    for kind, (phase, server, client, carriers, memory) in middle.items():
+        print(f"{kind:<9} {phase:>16.1f} {server:>12.1f} {client:>9.1f} {carriers:>7.1f} {memory / size:>16.1f}")
+    for other in (UNET, FLOWER):
+        print(f"ret-fl beyond {other!r}: {middle[OURS][0] - middle[other][0]:+.1f} s a phase (bar: {BAR:g} s)")
 
 
 if __name__ == "__main__":

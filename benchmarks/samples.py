@@ -3,11 +3,13 @@
     python -m benchmarks.samples                 # 32x32 colour images, batches of 256, one shard of 65,536
     python -m benchmarks.samples --tls           # the service with TLS, the copy without
 
-Three ways to move the same samples, 256 at a time, from disk in one process to disk in another over the loopback:
+Four ways to move the same samples, 256 at a time, from disk in one process to disk in another over the loopback:
   service   checks the grant, packs records; the client hashes every sample, compares it with the order, and writes the
             segments of its cache, flushed to disk
   files     copies a data set as it usually lies there, one file an image: 256 files are read, sent, written as 256
             files; these are not flushed, since to flush each would take far longer than the copy
+  grpc      what gRPC itself takes: a stream of the same bytes in Python, unchecked, written to one file, and that
+            flushed
   stream    the least that can be done: the rows of a memory-mapped array, sent as they are, written to one file, and
             that flushed to disk
 What was read before lies in the page cache for all. They take turns; a ratio is that of the medians.
@@ -23,9 +25,12 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import grpc
 import numpy as np
 
 from benchmarks.orders import first_order
@@ -82,6 +87,33 @@ def send_files(folder: Path, count: int, ready: Connection) -> None:
                 for start in range(0, count, BATCH_SAMPLES):
                     names = range(start, min(start + BATCH_SAMPLES, count))
                     connection.sendall(b"".join((folder / f"{i}.bin").read_bytes() for i in names))
+
+
+def send_grpc(path: Path, order: np.ndarray, ready: Connection) -> None:
+    """The same as a stream of gRPC, of bytes that it neither packs nor unpacks."""
+    images = np.load(path, mmap_mode="r").reshape(-1, int(np.prod(SHAPE)))
+
+    def rows(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        for start in range(0, len(order), BATCH_SAMPLES):
+            yield images[order[start : start + BATCH_SAMPLES]].tobytes()
+
+    server = grpc.server(ThreadPoolExecutor(max_workers=1))
+    method = {"Rows": grpc.unary_stream_rpc_method_handler(rows)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Plain", method),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    ready.send(port)
+    server.wait_for_termination()
+
+
+def copy_grpc(port: int, target: Path) -> float:
+    """Seconds until the bytes from that stream are in `target` on disk."""
+    began = time.perf_counter()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, target.open("wb") as file:
+        for batch in channel.unary_stream("/Plain/Rows")(b""):
+            file.write(batch)
+    sync(target)
+    return time.perf_counter() - began
 
 
 def copy_files(port: int, target: Path, count: int) -> float:
@@ -169,6 +201,7 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
         (folder / "files" / f"{i}.bin").write_bytes(image.data)
     (server, port), (sender, stream_port) = start(serve, path, tls), start(send, path, ids)
     file_sender, file_port = start(send_files, folder / "files", files)
+    grpc_sender, grpc_port = start(send_grpc, path, ids)
     service = ServiceConfig(address=f"localhost:{port}", insecure=not tls, ca=str(folder / "ca.crt") if tls else "")
     rates = []
     try:
@@ -176,22 +209,26 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
             row = (
                 size / fetch(service, order, folder / "cache") / 1e6,
                 files * size / samples / copy_files(file_port, folder / "copies", files) / 1e6,
+                size / copy_grpc(grpc_port, folder / "copied") / 1e6,
                 size / copy(stream_port, folder / "copy", size) / 1e6,
             )
             shutil.rmtree(folder / "cache")
             shutil.rmtree(folder / "copies")
+            (folder / "copied").unlink()
             (folder / "copy").unlink()
             if i:  # the first of each warms up
                 rates.append(row)
-                print("  MB/s: service {:.0f}, files {:.0f}, stream {:.0f}".format(*row))
+                print("  MB/s: service {:.0f}, files {:.0f}, grpc {:.0f}, stream {:.0f}".format(*row))
     finally:
-        for process in (server, sender, file_sender):
+        for process in (server, sender, file_sender, grpc_sender):
             process.terminate()
             process.join()
-    served, filed, streamed = (statistics.median(column) for column in zip(*rates, strict=True))
+    served, filed, plain, streamed = (statistics.median(column) for column in zip(*rates, strict=True))
     kind = "TLS" if with_tls else "plain text"
     print(f"{samples:,} samples of {size // samples} bytes, batches of {BATCH_SAMPLES}, {os.cpu_count()} cores, {kind}")
     print(f"service / copying of files:    {served / filed:.2f}")
+    print(f"service / a bare gRPC stream:  {served / plain:.2f}")
+    print(f"bare gRPC stream / copying of a stream: {plain / streamed:.2f}")
     print(f"service / copying of a stream: {served / streamed:.2f} (bar: {BAR})")
 
 

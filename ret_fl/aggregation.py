@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.loading import about, imported, parse_options, plain
+from ret_fl.packing import repacked
 from ret_fl.plugins import AGGREGATION, Point
 from ret_fl.privacy import with_noise
 from ret_fl.serveroptimizer import ServerOptimizer
@@ -280,7 +281,7 @@ def restore_base(base: Strategy, state: Mapping[str, NDArray]) -> None:
         base.clipping_norm = float(state["clipping-norm"][0]) if "clipping-norm" in state else base.clipping_norm
     elif isinstance(base, FedOpt):
         base.m_t, base.v_t = (
-            {key.removeprefix(which): value for key, value in state.items() if key.startswith(which)} or None
+            repacked({key.removeprefix(which): value for key, value in state.items() if key.startswith(which)}) or None
             for which in ("m.", "v.")
         )
     elif isinstance(base, FedAvgM):

@@ -130,7 +130,7 @@ def _train(app_path: Path, settings: dict[str, Scalar], out: Path | None, *, tls
     directory, config = new_run(settings, out)
     with (
         _temporary() as folder,
-        local_federation(folder, config.shards, directory.path / "flower.log", tls=tls) as running,
+        local_federation(folder, config.shards, directory.path / "flower.log", tls=tls, say=typer.echo) as running,
     ):
         typer.echo(_describe(running))
         rounds = plural(config.num_server_rounds, "round")
@@ -143,7 +143,10 @@ def _train(app_path: Path, settings: dict[str, Scalar], out: Path | None, *, tls
 def _stay(app_path: Path, shards: int, *, tls: bool) -> None:
     from ret_fl.deploy.local import local_federation
 
-    with _temporary() as folder, local_federation(folder, shards, folder / "flower.log", tls=tls) as running:
+    with (
+        _temporary() as folder,
+        local_federation(folder, shards, folder / "flower.log", tls=tls, say=typer.echo) as running,
+    ):
         typer.echo(_describe(running))
         typer.echo(f"Log: {folder / 'flower.log'}\nSubmit a run, in another terminal:\n")
         typer.echo(f"    export FLWR_HOME={running.kit.operator}")
@@ -158,7 +161,7 @@ def _describe(running: LocalFederation) -> str:
     federation = running.federation
     how = "TLS, keys registered" if federation.tls else "no TLS: anyone on this machine can join"
     nodes = ", ".join(node.name for node in federation.supernodes)
-    return f"SuperLink {federation.superlink.address} ({how}), SuperNodes {nodes}"
+    return f"ready: SuperLink {federation.superlink.address} ({how}), SuperNodes {nodes}"
 
 
 @contextmanager

@@ -7,8 +7,8 @@ Here an order is sent again within the phase, so that a phase is whole whenever 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from logging import WARNING
@@ -20,6 +20,7 @@ from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.superlink.grid import http_grid
 
 from ret_fl.events import ANSWERED, FAILED, SENT
 from ret_fl.roster import Roster
@@ -27,6 +28,7 @@ from ret_fl.roster import Roster
 T = TypeVar("T")
 
 PULL_SECONDS = 0.5
+"""How often replies are asked for, and the parts of one that is still on its way."""
 LOOK_SECONDS = 5.0
 """How often the dispatcher asks which nodes are alive."""
 LEAST_SECONDS = 120.0
@@ -118,6 +120,19 @@ def _until_not_busy(ask: Callable[[], T]) -> T:
     raise AssertionError("BUSY_TRIES is at least 1")
 
 
+@contextmanager
+def _asking_often() -> Iterator[None]:
+    """Within, Flower asks for a part of a reply every `PULL_SECONDS` until it is there; else after 1, 2, 4 s, ..."""
+    usual = http_grid.pull_objects
+    http_grid.pull_objects = partial(
+        usual, initial_backoff=PULL_SECONDS, backoff_cap=PULL_SECONDS, max_tries_per_object=None
+    )
+    try:
+        yield
+    finally:
+        http_grid.pull_objects = usual
+
+
 class Dispatcher(Grid):
     """The grid a strategy's rounds run on: as Flower's, but it sees a phase through.
 
@@ -189,7 +204,8 @@ class Dispatcher(Grid):
     def _pull(self, message_ids: list[str]) -> list[Message]:
         """Replies that are there; none for now where the SuperLink is busy."""
         try:
-            return list(self.grid.pull_messages(message_ids))
+            with _asking_often():
+                return list(self.grid.pull_messages(message_ids))
         except httpx.HTTPStatusError as error:
             if not _busy(error):
                 raise

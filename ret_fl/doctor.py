@@ -80,7 +80,8 @@ def examine_machine(config: RunConfig, fingerprint: str = "") -> list[Finding]:
     findings.append(Finding.ok("model", f"{name}, {parameters:,} parameters trained"))
     findings.append(check_client_memory(config, client_memory(config, model, data)))
     findings.append(check_server_memory(3 * config.shards * 2 * parameters * FLOAT))
-    findings.append(check_disk("disk, results", Path(config.out or "runs"), checkpoint_bytes(config, parameters)))
+    results = checkpoint_bytes(config, parameters) + history_bytes(config, len(data.train))
+    findings.append(check_disk("disk, results", Path(config.out or "runs"), results))
     state = Path(config.state_dir) if config.state_dir else user_cache("proxies")
     findings.append(check_disk("disk, client state", state, client_state_bytes(config, parameters)))
     return findings
@@ -215,6 +216,11 @@ def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Bytes of the checkpoints a run keeps, one more while it is written, and the final model, or models."""
     kept, models = (1, 1) if config.averages else (1 + config.shards, config.shards)
     return ((config.keep_checkpoints + 1) * 2 * kept + models) * parameters * FLOAT
+
+
+def history_bytes(config: RunConfig, samples: int) -> int:
+    """Bytes of `history/`: in every round shard, visits and skips of each sample, which are 3 bytes once packed."""
+    return config.num_server_rounds * (3 * samples + 1024)
 
 
 def client_state_bytes(config: RunConfig, parameters: int) -> int:

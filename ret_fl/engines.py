@@ -12,13 +12,15 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import psutil
@@ -28,6 +30,7 @@ from ret_fl.rundir import RunDir
 from ret_fl.settings import to_toml
 
 START_SECONDS = 120
+END_SECONDS = 10
 
 
 class RunFailedError(RuntimeError):
@@ -67,7 +70,7 @@ def run_inline(app: Path, directory: RunDir, config: RunConfig, nodes: int, resu
     A process of its own, so that the code that runs is the app folder's, as under Flower, not the installed one.
     """
     log_file = directory.path / "flower.log"
-    with tempfile.TemporaryDirectory(prefix="ret-fl-") as folder, log_file.open("a") as log, ending_on_sigterm():
+    with tempfile.TemporaryDirectory(prefix="ret-fl-") as folder, log_file.open("a") as log, ending_on_signals():
         settings = Path(folder) / "run.toml"
         settings.write_text(to_toml(_settings(directory, config, resuming)), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "simulations.inline", str(settings), str(nodes)]
@@ -84,22 +87,34 @@ def app_environment(app: Path) -> dict[str, str]:
 
 
 @contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM (a batch system, `timeout`) would end Python without cleaning up; here it ends what was started, too.
+def ending_on_signals() -> Iterator[threading.Event]:
+    """Within, SIGTERM (a batch system, `timeout`) and Ctrl-C end this process in order: what it has started is ended.
 
-    A second one, which `timeout` sends, must not break that off: from the first on, this process ignores them.
+    From the first of either on, no other breaks that off: a second SIGTERM, which `timeout` sends, does nothing, and a
+    second Ctrl-C sets the event that is yielded, so that `end_with_children` kills what it waits for.
     """
+    hurry = threading.Event()
 
-    def end(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)
+    def once() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: hurry.set())
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        once()
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    def interrupt(_: int, __: FrameType | None) -> NoReturn:
+        once()
+        raise KeyboardInterrupt
+
+    handlers: dict[int, Callable[[int, FrameType | None], NoReturn]] = {signal.SIGTERM: end, signal.SIGINT: interrupt}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        yield hurry
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:
-            signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is end:  # else this process is on its way out
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def run_flwr(app: Path, directory: RunDir, config: RunConfig, nodes: int, resuming: bool, verbose: bool) -> None:
@@ -176,13 +191,14 @@ def isolated_superlink(log_file: Path) -> Iterator[dict[str, str]]:
         command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
         command += ["--control-api-address", control, "--host", "127.0.0.1", "--port", port]
         command += ["--database", str(Path(home) / "state.db")]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        with ending_on_sigterm():
+        with ending_on_signals() as hurry:
+            before = children()
             try:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
                 wait_for(f"http://127.0.0.1:{port}/health", process, log_file)
                 yield environment
             finally:
-                end_with_children([process])
+                end_with_children(children() - before, hurry)
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path, ca: Path | None = None) -> None:
@@ -200,20 +216,30 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log_file: Path, ca: Pat
     raise RunFailedError(f"Flower's SuperLink did not come up within {START_SECONDS} s. Log: {log_file}")
 
 
-def end_with_children(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes with all they started: a simulation left behind would go on writing into the run's folder."""
+def children() -> set[psutil.Process]:
+    """The processes this one has started, also one whose start a signal has broken off."""
+    return set(psutil.Process().children())
+
+
+def end_with_children(started: Iterable[psutil.Process], hurry: threading.Event) -> None:
+    """End processes with all they started: a simulation left behind would go on writing into the run's folder.
+
+    They get 10 s to end by themselves, none once `hurry` is set.
+    """
     family: list[psutil.Process] = []
     for process in started:
         with suppress(psutil.NoSuchProcess):
-            family += [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            family += [*process.children(recursive=True), process]
     for member in family:
         with suppress(psutil.NoSuchProcess):
             member.terminate()
-    for member in psutil.wait_procs(family, timeout=10)[1]:
+    left, deadline = family, time.monotonic() + END_SECONDS
+    while left and time.monotonic() < deadline and not hurry.is_set():
+        left = psutil.wait_procs(left, timeout=0.1)[1]
+    for member in left:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    for process in started:
-        process.wait()
+    psutil.wait_procs(left)
 
 
 def cpus_each(nodes: int) -> int:

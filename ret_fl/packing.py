@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 State = dict[str, NDArray[np.float32]]
 """A model's weights: 'raw.<name>' and 'ema.<name>'."""
 
-PIECE_BYTES = 2 << 20
-"""No array is larger, unless a single tensor is."""
+PIECE_BYTES = (5 << 20) - 4096
+"""No array is larger, unless a single tensor is: Flower cuts arrays at 5 MiB, so that each is two entries."""
 
 
 class PackingError(ValueError):
@@ -56,16 +56,20 @@ def pack_state(state: State) -> ArrayRecord:
         raise ValueError(f"weights cannot be called {odd[0]!r}: names travel joined by commas")
     record = ArrayRecord()
     for names in _pieces(state):
-        key = ",".join(f"{name}:{'x'.join(map(str, state[name].shape))}" for name in names)
-        record[key] = Array(np.concatenate([state[name].ravel() for name in names]))
+        record[_key(names, state)] = Array(np.concatenate([state[name].ravel() for name in names]))
     return record
 
 
+def _key(names: Sequence[str], state: Mapping[str, NDArray]) -> str:
+    """What the array of these tensors is called."""
+    return ",".join(f"{name}:{'x'.join(map(str, state[name].shape))}" for name in names)
+
+
 def _pieces(state: Mapping[str, NDArray]) -> Iterator[list[str]]:
-    """Names that go into one array: neighbours of one type."""
+    """Names that go into one array: neighbours in the order of their names, of one type."""
     piece: list[str] = []
     room = PIECE_BYTES
-    for name in sorted(state):
+    for name in sorted(state, key=lambda name: (state[name].dtype.str, name)):
         value = state[name]
         if piece and (value.nbytes > room or value.dtype != state[piece[0]].dtype):
             yield piece
@@ -74,6 +78,14 @@ def _pieces(state: Mapping[str, NDArray]) -> Iterator[list[str]]:
         room -= value.nbytes
     if piece:
         yield piece
+
+
+def repacked(arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """Packed arrays by key, divided as `pack_state` divides them now: a checkpoint's may be of other sizes."""
+    tensors = {name: value for key, flat in arrays.items() for name, value in parts(key, flat)}
+    # by float32, as the weights are divided that these belong to
+    like = {name: np.broadcast_to(np.float32(0), value.shape) for name, value in tensors.items()}
+    return {_key(names, like): np.concatenate([tensors[n].ravel() for n in names]) for names in _pieces(like)}
 
 
 def unpack_state(record: ArrayRecord) -> State:

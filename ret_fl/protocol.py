@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
-from ret_fl.packing import PackingError, State, decode, pack_state, unpack_state
+from ret_fl.packing import PackingError, State, pack_state, unpack_state
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -30,14 +29,10 @@ class ProtocolError(ValueError):
     """A message that is not what this version of ret-fl sends."""
 
 
-def _pack(arrays: Mapping[str, NDArray]) -> ArrayRecord:
-    return ArrayRecord({key: Array(np.ascontiguousarray(value)) for key, value in arrays.items()})
-
-
 def _unpack(record: ArrayRecord) -> dict[str, NDArray]:
-    """Decode every array. Raises `ProtocolError` for one whose bytes are not the array it says it is."""
+    """Columns by name. Raises `ProtocolError` for an array whose bytes are not what its key says."""
     try:
-        return decode(record)
+        return unpack_state(record)
     except PackingError as error:
         raise ProtocolError(str(error)) from None
 
@@ -117,7 +112,7 @@ class TrainOrder:
             {
                 ARRAYS: weights,
                 ORDER: ConfigRecord({**scalars, "config": json.dumps(self.config.to_flat())}),
-                SAMPLES: _pack({key: getattr(self, key) for key in self._SAMPLES}),
+                SAMPLES: pack_state({key: getattr(self, key) for key in self._SAMPLES}),
             }
         )
 
@@ -210,7 +205,7 @@ class TrainReport:
             {
                 METRICS: MetricRecord({NUM_EXAMPLES: self.num_examples, **metrics}),
                 ORDER: ConfigRecord({key: getattr(self, key) for key in self._SCALARS}),
-                REPORT: _pack({key: getattr(self, key) for key in self._ARRAYS}),
+                REPORT: pack_state({key: getattr(self, key) for key in self._ARRAYS}),
             }
         )
         if weights is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -9,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvgM, Strategy
 from flwr.serverapp.strategy.fedopt import FedOpt
+from numpy.typing import NDArray
 
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES
@@ -33,6 +35,8 @@ class ServerOptimizer(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         raw = pack_state(_raw(unpack_state(arrays)))
+        if isinstance(self.optimizer, FedAvgM) and self.optimizer.momentum_vector:
+            self.optimizer.momentum_vector = _divided_as(raw, self.optimizer.momentum_vector)
         list(self.optimizer.configure_train(server_round, raw, ConfigRecord(), grid))  # it keeps the weights
         return self.strategy.configure_train(server_round, arrays, config, grid)
 
@@ -64,6 +68,14 @@ class ServerOptimizer(Strategy):
     def summary(self) -> None:
         self.optimizer.summary()
         self.strategy.summary()
+
+
+def _divided_as(raw: ArrayRecord, momentum: list[NDArray]) -> list[NDArray]:
+    """The same momentum, in arrays as large as those of `raw`: a checkpoint's may be of other sizes."""
+    sizes = [math.prod(array.shape) for array in raw.values()]
+    if [value.size for value in momentum] == sizes:
+        return momentum
+    return np.split(np.concatenate(momentum), np.cumsum(sizes)[:-1])
 
 
 def _raw(state: State) -> State:

@@ -248,7 +248,7 @@ def _elapsed(told: float | str) -> str:
 
 def _run_state(run: Mapping[str, Any]) -> str:
     details = run.get("status-details")
-    return f"{run['status']}: {details}" if details else str(run["status"])
+    return str(run["status"]) if details in (None, "", "N/A") else f"{run['status']}: {details}"
 
 
 def _ask(command: list[str]) -> Mapping[str, Any]:

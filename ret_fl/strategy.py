@@ -268,7 +268,7 @@ class RedistributeEnsemble(Strategy):
             shard = self.shards[report.shard]
             if not self.config.averages:
                 shard.weights = weights
-            shard.bank_values, shard.bank_visits = report.bank_values, report.bank_visits
+            shard.bank_values, shard.bank_visits = report.bank_values.copy(), report.bank_visits.copy()
             shard.proxy_round = round
             node = errands[report.shard].node
             self.roster.trained(report.shard, node, report.images, report.seconds)

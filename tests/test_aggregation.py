@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PLAIN, Federation, run_server
-from federations import Recorder, furthest, spoiling
+from federations import Recorder, assert_equal_states, furthest, spoiling
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.serverapp.strategy import FedAvg, FedMedian
 from numpy.typing import NDArray
@@ -349,6 +349,21 @@ def test_a_stateful_strategy_resumes_as_if_it_had_not_stopped(
     last, whole = load_latest(resumed.checkpoints).base_state, uninterrupted(config).last.base_state
     assert last.keys() == whole.keys()
     assert all(np.array_equal(last[key], whole[key]) for key in last)
+
+
+@pytest.mark.parametrize(("strategy", "options"), [("fedadam", "eta = 0.01"), ("fedavgm", "")])
+def test_a_server_optimizer_goes_on_from_state_that_was_divided_otherwise(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, options: str
+) -> None:
+    config = tiny(settings(strategy, options), {"num-server-rounds": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("ret_fl.packing.PIECE_BYTES", 100_000)
+        killed_at(config, tmp_path / "run", 3, 1)
+    stopped = load_latest(tmp_path / "run" / "checkpoints")
+    resumed = run_server(config, tmp_path / "run", resume=True)
+    ended = load_latest(resumed.checkpoints)
+    assert_equal_states(ended.weights, uninterrupted(config).last.weights)
+    assert len(ended.base_state) < len(stopped.base_state)
 
 
 def test_what_starts_anew_after_an_interruption_is_said(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from conftest import PLAIN, TINY, Federation, make_federation
 from federations import UNEQUAL, Recorder, furthest, spoiling
-from flwr.app import Array, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
-from ret_fl.packing import unpack_state
+from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, ORDER, REPORT, TrainOrder
 from ret_fl.strategy import FederationError
 
@@ -33,7 +33,11 @@ def edited(key: str, change: Callable[[dict], dict]) -> Callable[[Message, Messa
 
 
 def array(name: str, change: Callable[[np.ndarray], np.ndarray], key: str = REPORT) -> Callable:
-    return edited(key, lambda items: items | {name: Array(change(items[name].numpy()))})
+    def replace(items: dict) -> dict:
+        columns = unpack_state(ArrayRecord(items))
+        return dict(pack_state(columns | {name: change(columns[name])}))
+
+    return edited(key, replace)
 
 
 def first_weight(change: Callable[[np.ndarray], np.ndarray]) -> Callable:
@@ -240,7 +244,7 @@ def test_a_report_with_more_than_is_known_is_read_all_the_same(
     def client(message: Message, context: Context) -> Message:
         reply = client_app(message, context)
         if message.metadata.message_type == MessageType.TRAIN:
-            edited(REPORT, lambda items: items | {"news": Array(np.zeros(1))})(message, reply)
+            edited(REPORT, lambda items: items | {"news:1": Array(np.zeros(1))})(message, reply)
         return reply
 
     fed = federate(tiny(ONE_ROUND), client)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, TINY
 from test_flwr_engine import MARK, assert_nothing_is_left
@@ -43,7 +45,9 @@ def test_three_supernodes_train_over_tls_and_nothing_is_left(tmp_path: Path) -> 
     process = deploy_local(tmp_path, "local-run", "--shards", "3", "--tls", "--out", str(out), *sets)
     stdout, stderr = process.communicate(timeout=500)
     assert process.returncode == 0, stderr
-    assert "round 1/1" in stdout and "keys registered" in stdout
+    steps = ["making certificates", "starting the SuperLink", "registering the keys", "starting SuperNodes node0, ",
+             "SuperNode 1 of 3", "SuperNode 3 of 3", "ready: SuperLink", "round 1/1", "ending SuperNodes"]  # fmt: skip
+    assert sorted(steps, key=stdout.index) == steps and "keys registered" in stdout
     (row,) = RunDir(out).rows()
     assert sorted(row["shards"]) == ["0", "1", "2"] and row["failures"] == 0
     log = (out / "flower.log").read_text()
@@ -70,12 +74,33 @@ def test_staying_up_ends_cleanly_on_sigterm_however_often(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("until", ["starting SuperNodes", "flwr list"], ids=["while it starts", "once it is up"])
+def test_a_second_ctrl_c_kills_what_does_not_end_and_nothing_is_left(tmp_path: Path, until: str) -> None:
+    mark = f"local-interrupted-{until.split()[0]}"
+    process = deploy_local(tmp_path, mark, "--shards", "1", "--stay", "--no-tls")
+    assert process.stdout is not None and process.stderr is not None
+    said: list[str] = []
+    for line in process.stdout:
+        said.append(line)
+        if until in line:
+            break
+    (superlink,) = (p for p in psutil.Process(process.pid).children() if "--database" in p.cmdline())
+    superlink.suspend()  # it hears of no SIGTERM
+    process.send_signal(signal.SIGINT)
+    said += iter(process.stdout.readline, "ending SuperNodes and SuperLink (Ctrl-C kills them at once)\n")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert stderr.strip() == "stopped: nothing is left running" and "Traceback" not in stdout
+    assert said[0].startswith("starting the SuperLink on 127.0.0.1:")
+    assert_nothing_is_left(mark)
+    assert not list(tmp_path.iterdir())
+
+
 def test_doctor_tells_a_registered_key_from_an_unknown_one_and_changes_nothing(tmp_path: Path) -> None:
     log = tmp_path / "flower.log"
     with local_federation(tmp_path, 1, log, tls=True) as running:
-        deadline = time.monotonic() + 60
-        while "SuperNode ID" not in log.read_text() and time.monotonic() < deadline:
-            time.sleep(0.5)
         address, (node,) = running.federation.superlink.address, running.federation.supernodes
         ca, key = running.kit.operator / "ca.crt", running.kit.host(node.host) / f"{node.name}.key"
         findings = examine_superlink(address, ca, key)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, ret_fl
 from tiny_pipelines import small_pipeline
@@ -35,7 +36,9 @@ from ret_fl.doctor import (
     client_memory,
     client_state_bytes,
     examine_machine,
+    history_bytes,
 )
+from ret_fl.history import Phase, save_phase
 from ret_fl.superlink_checks import check_clock, check_key, examine_superlink
 
 
@@ -137,6 +140,30 @@ def test_the_disk_estimates_are_those_of_the_files_a_run_leaves(run_dir: Path) -
     assert abs(a_checkpoint - weights) < 0.05 * weights
     state = next((run_dir / "proxies").rglob("*.safetensors")).stat().st_size
     assert abs(client_state_bytes(made, parameters) / (made.keep_checkpoints + 1) - state) < 0.05 * state
+
+
+def test_the_history_of_a_run_takes_what_is_estimated_and_not_far_less(tmp_path: Path, run_dir: Path) -> None:
+    made = RunConfig.from_flat(json.loads((run_dir / "config.json").read_text()))
+    _, data = check_data(made)
+    assert data is not None
+    files = list((run_dir / "history").iterdir())
+    assert len(files) == made.num_server_rounds
+    assert sum(file.stat().st_size for file in files) <= history_bytes(made, len(data.train))
+    rng, n = np.random.default_rng(0), 20_000
+    shard, visits, skips = rng.integers(0, 100, n), rng.poisson(20, n), rng.poisson(2, n)
+    save_phase(tmp_path, Phase(1, shard.astype("i4"), visits.astype("u4"), skips.astype("u4"), np.empty(0, np.int32)))
+    (file,) = tmp_path.iterdir()
+    estimate = history_bytes(config(**{"num-server-rounds": 1}), n)
+    assert 0.5 * estimate < file.stat().st_size <= estimate
+
+
+def test_results_count_checkpoints_and_history() -> None:
+    rounds = 2_000_000  # so that history is the larger part
+    finding = next(f for f in examine_machine(config(**{"num-server-rounds": rounds})) if f.check == "disk, results")
+    samples = check_data(config())[1]
+    assert samples is not None
+    least = history_bytes(config(**{"num-server-rounds": rounds}), len(samples.train)) / 2**30
+    assert float(finding.found.split()[1]) >= round(least, 2) > 1
 
 
 def test_the_command_exits_with_1_and_prints_json() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ret_fl.packing
-from ret_fl.packing import PIECE_BYTES, PackingError, pack_state, parts, unpack_state
+from ret_fl.packing import PIECE_BYTES, PackingError, pack_state, parts, repacked, unpack_state
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=12)
 
@@ -41,6 +41,26 @@ def test_weights_arrive_as_they_were_in_pieces_of_the_same_names_whatever_their_
 def test_many_small_tensors_take_few_arrays() -> None:
     state = {f"raw.{i}": np.zeros(1000, np.float32) for i in range(2000)}
     assert len(pack_state(state)) == -(-2000 // (PIECE_BYTES // 4000))
+
+
+def test_a_piece_is_no_more_than_one_of_the_chunks_that_flower_cuts_arrays_into() -> None:
+    (array,) = pack_state({"raw.a": np.zeros(PIECE_BYTES // 4, np.float32)}).values()
+    assert len(array.slice_array()) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_was_divided_otherwise_is_divided_as_weights_are_now(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    weights = {f"raw.{i}": rng.normal(size=(i + 1, 300_000)).astype(np.float32) for i in range(4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ret_fl.packing, "PIECE_BYTES", 2 << 20)
+        before = {key: array.numpy().astype(dtype) for key, array in pack_state(weights).items()}
+    now = pack_state(weights)
+    found = repacked(before)
+    assert list(before) != list(found) == list(now)
+    for key, array in now.items():
+        assert found[key].dtype == dtype
+        np.testing.assert_array_equal(found[key], array.numpy().astype(dtype))
 
 
 @pytest.mark.parametrize("key", ["raw.a:3", "raw.a:2x2,raw.b:1", "raw.a", "raw.a:x-1", "raw.a:two"])

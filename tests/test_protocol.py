@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from conftest import TINY
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
@@ -164,7 +164,7 @@ def with_metric(name: str, value: float) -> Callable[[RecordDict], None]:
 
 def with_array(key: str, name: str, value: np.ndarray) -> Callable[[RecordDict], None]:
     def spoil(record: RecordDict) -> None:
-        record[key] = ArrayRecord({**record[key], name: Array(value)})
+        record[key] = pack_state({**unpack_state(record[key]), name: value})
 
     return spoil
 
@@ -174,8 +174,10 @@ def without(key: str, name: str | None = None) -> Callable[[RecordDict], None]:
         if name is None:
             del record[key]
         else:
-            kind = type(record[key])
-            record[key] = kind({k: v for k, v in record[key].items() if k != name})
+            columns = isinstance(record[key], ArrayRecord)
+            items = unpack_state(record[key]) if columns else record[key]
+            left = {k: v for k, v in items.items() if k != name}
+            record[key] = pack_state(left) if columns else type(record[key])(left)
 
     return spoil
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from pathlib import Path
 from ret_fl.deploy.federation import Federation, parse_federation
 from ret_fl.deploy.kit import Kit, write_kit
 from ret_fl.engines import (
+    START_SECONDS,
     RunFailedError,
+    children,
     cpus_each,
     end_with_children,
-    ending_on_sigterm,
+    ending_on_signals,
     flower_environment,
     free_port,
     wait_for,
@@ -25,6 +27,8 @@ from ret_fl.files import user_cache
 
 POLL_SECONDS = 0.5
 SUPERLINK = "the SuperLink"
+
+Say = Callable[[str], None]
 
 
 def loopback_federation(folder: Path, supernodes: int, *, tls: bool) -> Federation:
@@ -62,8 +66,21 @@ class LocalFederation:
             raise RunFailedError(f"SuperNodes could not be registered: {said}")
 
     def start_supernodes(self) -> None:
+        """Start them all; `wait_for_supernodes` waits until they have joined."""
         for node in self.federation.supernodes:
             self._start(f"SuperNode {node.name}", self.kit.host(node.host) / "start", node.name)
+
+    def wait_for_supernodes(self, say: Say) -> None:
+        """Wait until every SuperNode has joined, as it writes into the log. Raises `RunFailedError`."""
+        joined, total, deadline = 0, len(self.federation.supernodes), time.monotonic() + START_SECONDS
+        while joined < total:
+            self._require_all_running()
+            if time.monotonic() > deadline:
+                raise RunFailedError(f"{joined} of {total} SuperNodes joined within {START_SECONDS} s")
+            time.sleep(POLL_SECONDS)
+            before, joined = joined, self.log_file.read_text(errors="replace").count("SuperNode ID: ")
+            for number in range(before + 1, joined + 1):
+                say(f"SuperNode {number} of {total} joined")
 
     def _start(self, name: str, *command: str | Path) -> None:
         with self.log_file.open("a") as log:
@@ -79,31 +96,48 @@ class LocalFederation:
     def wait(self) -> None:
         """Return when a process of it has ended, which none should; raises `RunFailedError` naming it."""
         while True:
-            for name, process in self.processes.items():
-                if process.poll() is not None:
-                    raise RunFailedError(f"{name} ended with exit code {process.returncode}")
+            self._require_all_running()
             time.sleep(POLL_SECONDS)
+
+    def _require_all_running(self) -> None:
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                raise RunFailedError(f"{name} ended with exit code {process.returncode}. Log: {self.log_file}")
 
 
 @contextmanager
-def local_federation(folder: Path, supernodes: int, log_file: Path, *, tls: bool) -> Iterator[LocalFederation]:
-    """A SuperLink and SuperNodes on loopback, keys registered; all ended at the end, also by SIGTERM or Ctrl-C.
+def local_federation(
+    folder: Path, supernodes: int, log_file: Path, *, tls: bool, say: Say = lambda _: None
+) -> Iterator[LocalFederation]:
+    """A SuperLink and SuperNodes on loopback, keys registered, all joined; all ended at the end, also by a signal.
 
-    All of them log into `log_file`. Raises `RunFailedError` if they do not come up.
+    All of them log into `log_file`; `say` is told each step in words. Raises `RunFailedError` if they do not come up.
     """
     federation = loopback_federation(folder, supernodes, tls=tls)
-    kit = write_kit(federation, folder / "kit")
-    cores = {"OMP_NUM_THREADS": str(cpus_each(supernodes)), "XDG_CACHE_HOME": str(user_cache("").parent)}
-    environment = cores | flower_environment(kit.operator)
-    running = LocalFederation(federation, kit, environment, {}, log_file)
-    with ending_on_sigterm():
+    names = ", ".join(node.name for node in federation.supernodes)
+    with ending_on_signals() as hurry:
+        if tls:
+            say(f"making certificates, and a key each for {names}")
+        kit = write_kit(federation, folder / "kit")
+        cores = {"OMP_NUM_THREADS": str(cpus_each(supernodes)), "XDG_CACHE_HOME": str(user_cache("").parent)}
+        environment = cores | flower_environment(kit.operator)
+        running, before = LocalFederation(federation, kit, environment, {}, log_file), children()
         try:
+            say(f"starting the SuperLink on {federation.superlink.address}")
             running.start_superlink()
             if tls:
+                say("registering the keys with it")
                 running.register()
+            say(f"starting SuperNodes {names}")
             running.start_supernodes()
+            running.wait_for_supernodes(say)
             yield running
         finally:
-            superlink = running.processes.pop(SUPERLINK, None)
-            end_with_children(list(running.processes.values()))  # first, so that they can sign off
-            end_with_children([superlink] if superlink else [])
+            try:
+                say("ending SuperNodes and SuperLink (Ctrl-C kills them at once)")
+            finally:  # whether or not there is still somebody to hear it
+                superlink = running.processes.get(SUPERLINK)
+                own = children() - before
+                carriers = {process for process in own if superlink and process.pid == superlink.pid}
+                end_with_children(own - carriers, hurry)  # first, so that they can sign off
+                end_with_children(carriers, hurry)
