@@ -53,7 +53,8 @@ def test_one_shard_without_mitigation_is_central_training(tiny: Tiny, federate: 
     for number in (1, 2, 3):
         order = TrainOrder(
             config, "x", data.train.fingerprint, 0, number, number - 1, "global", True, np.arange(n),
-            np.ones(n, np.float32), np.zeros(n, np.float32), np.full(n, np.nan, np.float32), np.full(n, np.nan, np.float32),
+            np.ones(n, np.float32), np.zeros(n, np.float32), np.full(n, np.nan, np.float32),
+            np.full(n, np.nan, np.float32),
             np.zeros(cells, np.float32), np.zeros(cells, np.int64),
         )  # fmt: skip
         trained = train_proxy(trainer, order, weights, data.train, data.kind, state)
