@@ -241,7 +241,7 @@ class OptimizerConfig(Section):
     lr: float = Field(
         0.0,
         ge=0,
-        description="AdamW learning rate after warm-up; 0: that of model.preset (tiny .006, small .001, base .0005, "
+        description="AdamW learning rate after warm-up; 0: that of model.preset (tiny .007, small .001, base .0005, "
         "ddpm-cifar and ddpm-64 .0002), or 1e-5 to go on from model.init-from.",
     )
     schedule: Literal["constant", "cosine"] = Field(
@@ -261,7 +261,7 @@ class OptimizerConfig(Section):
     )
 
 
-LEARNING_RATES = {"tiny": 6e-3, "small": 1e-3, "base": 5e-4, "ddpm-cifar": 2e-4, "ddpm-64": 2e-4}
+LEARNING_RATES = {"tiny": 7e-3, "small": 1e-3, "base": 5e-4, "ddpm-cifar": 2e-4, "ddpm-64": 2e-4}
 """What optimizer.lr=0 means for each model.preset: tiny's is measured (docs/results), ddpm's is DDPM's own."""
 FINE_TUNING_RATE = 1e-5
 
@@ -279,7 +279,7 @@ class AgcConfig(Section):
         "'off'; or a plug-in (docs/extending.md).",
     )
     mem_ratio: float = Field(
-        1.25, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        1.35, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     usual_share: float = Field(

@@ -43,7 +43,7 @@ def test_pyproject_repeats_the_defaults_name_by_name() -> None:
 
 @pytest.mark.parametrize(
     ("flat", "rate"),
-    [({}, 6e-3), ({"model.preset": "small"}, 1e-3), ({"model.preset": "ddpm-cifar"}, 2e-4),
+    [({}, 7e-3), ({"model.preset": "small"}, 1e-3), ({"model.preset": "ddpm-cifar"}, 2e-4),
      ({"model.preset": "small", "optimizer.lr": 0.5}, 0.5), ({"model.init-from": "a-folder"}, 1e-5)],
 )  # fmt: skip
 def test_a_learning_rate_that_is_not_given_is_that_of_the_model(flat: dict[str, Scalar], rate: float) -> None:
