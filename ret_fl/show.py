@@ -106,7 +106,9 @@ def show_sample(path: Path, sample: int) -> None:
     moves = list(_moves(stays, int(ledger.shard[sample])))
     _, shard, ratio, visits, skipped = _row(ledger, sample)
     fared = f"visited {visits} times, skipped {skipped} of them, moved {plural(len(moves), 'time')}; "
-    fared += f"mean log-ratio {ratio} (below 0: fitted better than its shard)"
+    usual = ledger.usual[sample]
+    early = "" if np.isnan(usual) else f", {usual:+.2f} over the first rounds"
+    fared += f"mean log-ratio {ratio}{early} (below 0: fitted better than its shard)"
     if config.private:
         fared = f"moved {plural(len(moves), 'time')}; {_silence(config)}"
     console = Console(highlight=False)

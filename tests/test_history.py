@@ -63,6 +63,7 @@ def test_the_default_skips_nothing_before_usual_losses_are_known_and_some_afterw
         sums[report.ids] += report.log_ratio_sum
     known = draws > 0
     np.testing.assert_allclose(usual[known], (sums[known] / draws[known]).astype(np.float32))
+    assert f", {usual[known][0]:+.2f} over the first rounds " in shown(run, "--sample", np.flatnonzero(known)[0])
     for _, order in seen.orders:
         assert np.isnan(order.usual).all() if order.round <= 2 else np.isfinite(order.usual[known[order.ids]]).all()
     skips = [report.skips.sum() for report in reports]
