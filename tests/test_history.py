@@ -52,7 +52,7 @@ def test_every_round_tells_the_orders_and_the_reports(tiny: Tiny, tmp_path: Path
 def test_the_default_skips_nothing_before_usual_losses_are_known_and_some_afterwards(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    own: dict[str, Scalar] = {"agc.usual-share": 0.5, "agc.mem-ratio": 1.01, "agc.t-max": 1000, "num-server-rounds": 4}
+    own: dict[str, Scalar] = {"agc.usual-share": 0.5, "agc.bins": 5, "agc.bias-correct": True, "num-server-rounds": 4}
     seen = Recorder()
     run = run_server(tiny(SETTINGS, {"agc.mode": RunConfig().agc.mode}, own), tmp_path / "run", seen)
     usual = ShardLedger.load(run.ledger).usual
