@@ -8,6 +8,7 @@ import gc
 
 gc.disable()
 try:
+    import ret_fl.diffusion  # noqa: F401  before the app: see there
     from clients import app  # noqa: F401
 finally:
     gc.enable()

@@ -1,1 +1,3 @@
-"""Flower server side."""
+"""The ServerApp (app.py)."""
+
+import ret_fl.diffusion  # noqa: F401  before the app: see there

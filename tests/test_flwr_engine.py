@@ -88,6 +88,18 @@ def assert_nothing_is_left(mark: str) -> None:
     assert not left
 
 
+TWO_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+print(list(ThreadPoolExecutor(2).map(lambda name: import_module(name).app is not None, ("server.app", "clients.app"))))
+"""
+
+
+def test_both_apps_load_at_once_as_the_simulation_engine_has_it() -> None:
+    answer = subprocess.run([sys.executable, "-c", TWO_THREADS], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout == "[True, True]\n", answer.stderr
+
+
 def test_flowers_engine_trains_the_same_model_as_the_inline_one(tmp_path: Path) -> None:
     settings = TINY | {"agc.t-max": 1000, "wait-seconds": 300}
     answer = run_flwr(tmp_path / "flwr", settings)
