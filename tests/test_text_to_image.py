@@ -114,6 +114,42 @@ def test_only_adapters_train_and_travel_under_lora(place: Path) -> None:
     assert adapters.rounds[0].bytes_up < whole.rounds[0].bytes_up / 4
 
 
+# --- what saves memory ------------------------------------------------------------------------------------------
+
+SAVERS: dict[str, tuple[dict[str, Scalar], float]] = {
+    "checkpointing": ({"model.gradient-checkpointing": True}, 1e-5),
+    "fp16": ({"precision": "fp16"}, 0.05),
+    "micro-batches": ({"micro-batch": 3}, 1e-4),
+}
+"""What saves memory, and how far it may move the gradients, as a share of them."""
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("saver", SAVERS)
+def test_what_saves_memory_changes_no_result(place: Path, saver: str, lora: int) -> None:
+    """Whole and by LoRA, gated and clipped by nothing: Adam's first moments are gradients."""
+    changes, most = SAVERS[saver]
+    same: dict[str, Scalar] = {"lora.rank": lora, "local-steps": 4, "agc.mem-ratio": 1.05, "precision": "fp32"}
+    same |= {"optimizer.grad-clip": 0.0, "optimizer.warmup-steps": 0, "optimizer.lr": 1e-3}
+    trained = []
+    for config in (text_config(place, **same), text_config(place, **same | changes)):
+        known = np.full(6, np.nan, np.float32)
+        columns = {"probability": np.ones(6, np.float32), "strength": np.zeros(6, np.float32)}
+        order = make_order(config, bank=1.1, ids=np.arange(6), log_ratio=known, usual=known, **columns)
+        trainer = make_trainer(config)
+        assert trainer.unet.is_gradient_checkpointing == (saver == "checkpointing" and len(trained) == 1)
+        trained.append(train_proxy(trainer, order, fresh_weights(config), training_set(config), "photo", None))
+    whole, saved = trained
+    ours, theirs = (torch.cat([m.flatten() for m in t.state.moments.first.values()]) for t in trained)
+    assert ours.norm() > 0
+    assert (ours - theirs).norm() <= most * ours.norm()
+    assert (saver == "fp16") <= bool((ours != theirs).any())
+    assert 0 < whole.report.skips.sum() < whole.report.visits.sum() == 16
+    assert saved.report.loss == pytest.approx(whole.report.loss, rel=most)
+    assert saved.state.moments.updates == whole.state.moments.updates == 4
+    assert differ(saved.weights, fresh_weights(config))
+
+
 # --- whole runs -------------------------------------------------------------------------------------------------
 
 MITIGATED: dict[str, Scalar] = {
