@@ -20,7 +20,7 @@ from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import load_splits
 from ret_fl.proxy import Round
 from ret_fl.rundir import RunDir
-from ret_fl.settings import read_preset
+from ret_fl.settings import change_run, read_preset
 
 Tiny = Callable[..., RunConfig]
 WARM: dict[str, Scalar] = ALL_T | {"agc.warm-passes": 3}
@@ -146,7 +146,13 @@ def test_fine_tuning_from_end_to_end(pretrained: Path, tmp_path: Path) -> None:
         "batch-size": 8, "optimizer.warmup-steps": 3,
     }  # fmt: skip
     flat |= TINY | small
-    run = run_server(RunConfig.from_flat(flat | {"samples": 8, "sample-steps": 2}), tmp_path / "tuned")
+    run = run_server(RunConfig.from_flat(flat), tmp_path / "tuned")
+    _, longer = change_run(run.path, {"num-server-rounds": 4, "samples": 8, "sample-steps": 2})
+    run_server(longer, run.path, resume=True)
+    whole = run_server(RunConfig.from_flat(flat | {"num-server-rounds": 4}), tmp_path / "whole")
+    assert [row["round"] for row in run.rows()] == [1, 2, 3, 4]
+    ours, theirs = (load_latest(r.checkpoints).weights for r in (run, whole))
+    assert [key for key in theirs if not np.array_equal(ours[key], theirs[key])] == []
     scratch = run_server(
         RunConfig.from_flat(flat | {"model.init-from": "", "model.preset": "tiny", "agc.warm-passes": 0}),
         tmp_path / "from-scratch",
