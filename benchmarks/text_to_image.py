@@ -1,11 +1,11 @@
-"""What fine-tuning a text-to-image model sends and keeps in memory, whole and by LoRA; benchmarks.recipes has its FLOPs.
+"""What fine-tuning a text-to-image model sends and keeps in memory, whole and by LoRA.
 
     python -m benchmarks.text_to_image --run         # a real federated round of a small random model: bytes it sent
     python -m benchmarks.text_to_image               # the U-Net of SD 2.1 at 256 px, random weights (needs 10 GB)
     python -m benchmarks.text_to_image --size sd15 --side 512
 
 Bytes of `--run` are those of metrics.jsonl. The others: parameters are counted; activations are what autograd keeps of
-one sample in float32 on the CPU (`ret_fl.doctor.client_memory`).
+one sample in float32 on the CPU (`ret_fl.doctor.client_memory`). Operations are counted by benchmarks.recipes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -96,7 +96,8 @@ class DataConfig(Section):
         "TorchScript file, 'sscd', 'clip', 'inception'), on the server; empty: the pixels, at most 16x16 of them.",
     )
     flip: bool = Field(
-        False, description="Mirror every drawn training image left to right with probability 1/2 (the paper: all but AFHQ)."
+        False,
+        description="Mirror every drawn training image left to right with probability 1/2 (the paper: all but AFHQ).",
     )
     noise: float = Field(
         0.0,
