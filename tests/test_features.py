@@ -322,14 +322,16 @@ def test_sscd_is_prepared_as_the_papers_do_by_the_settings_the_docs_give(
     path = save_script(Moments(), nowhere / "sscd" / "sscd_disc_large.torchscript.pt")
     images = pictures(3)
     monkeypatch.setenv("RET_FL_SSCD", str(path))
-    by_its_authors = load_features("sscd").features(images)
-    assert by_its_authors[:, 6:].tolist() == [[345, 288]] * 3
+    usual = load_features("sscd")
+    assert usual.name == "sscd_disc_large" and usual.features(images)[:, 6:].tolist() == [[345, 288]] * 3
     page = (ROOT / "docs" / "text-to-image.md").read_text()
     (settings,) = re.findall(r'^ *(\{"size": .*\})$', page, re.MULTILINE)
     (path.parent / "preprocessor_config.json").write_text(settings)
     model = load_features("sscd")
     features = model.features(images)
-    assert model.name == "sscd_disc_large"
+    write_settings(path.parent)
+    assert load_features("sscd").name not in (usual.name, model.name)  # never set beside the others' numbers
+    assert re.fullmatch(r"sscd_disc_large \(inputs [0-9a-f]{6}\)", model.name)
     resized = [
         Image.fromarray(i.permute(1, 2, 0).numpy())
         .resize((256, 307), Image.Resampling.BILINEAR)
@@ -361,3 +363,4 @@ def test_clip_is_found_in_the_hubs_cache_and_where_it_is_put(
     monkeypatch.setenv("RET_FL_CLIP", str(folders["clip"]))
     shutil.rmtree(place)
     assert torch.equal(load_features("clip").features(images), expected)
+    assert load_features("clip").name == "clip"  # its folder's own

@@ -125,9 +125,9 @@ def load_features(spec: str, *, device: torch.device | str = "cpu") -> FeatureMo
     if spec == INCEPTION.spec:
         return _load_inception(INCEPTION.find(), place)
     if spec == CLIP.spec:
-        return replace(
-            _load_transformers(CLIP.find(), place), name=CLIP.file
-        )  # a folder of a cache is called otherwise
+        folder = CLIP.find()
+        model = _load_transformers(folder, place)
+        return replace(model, name=CLIP.file) if folder.parent.name == "snapshots" else model  # of the hub's cache
     path = SSCD.find() if spec == SSCD.spec else Path(spec).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
         return _load_transformers(path, place)
@@ -156,6 +156,8 @@ def _load_script(path: Path, device: torch.device) -> LoadedModel:
     settings = path.parent / SETTINGS_FILE
     prepare = Preprocessing.from_file(settings) if settings.is_file() else Preprocessing()
     name = path.name.removesuffix(".pt").removesuffix(".torchscript")
+    if prepare != Preprocessing():  # numbers are compared by name, and these are others
+        name += f" (inputs {prepare.digest})"
     return LoadedModel(name, prepare, _open_script(path, device), device)
 
 
