@@ -8,7 +8,7 @@ import pytest
 from captioned import text_settings
 from conftest import ROOT, run_server
 from diffusers import StableDiffusionPipeline
-from outcomes import killed_at
+from outcomes import Outcome, assert_same_outcome, killed_at
 
 from ret_fl.audit.folder import load_audit
 from ret_fl.config import RunConfig
@@ -42,6 +42,7 @@ def test_a_preset_runs_on_a_small_stand_in_of_its_data(tmp_path: Path, name: str
     config = RunConfig.from_flat(PRESETS[name] | small)
     killed_at(config, tmp_path / "run", round=2, shard=0)
     run = run_server(config, tmp_path / "run", resume=True)
+    assert_same_outcome(Outcome.of(run), Outcome.of(run_server(config, tmp_path / "whole")))
     assert [row["aggregated"] for row in run.rows()] == ([False, True] if "central" not in name else [True, True])
     kept = [path for path in (tmp_path / "cache" / "encodings").rglob("*") if path.is_file()]
     assert len({path.stem for path in kept}) == 3, kept  # latents, those of mirrored images, embeddings
