@@ -4,22 +4,26 @@
 
 Parameters, FLOPs and bytes are counted on the real model (torch's FlopCounterMode; tensors saved for the backward pass)
 and need no GPU. The step is the product's own (ret_fl/proxy.py), with the recipe's batch on a GPU and with a few images
-on a CPU. Hours on a GPU that is not here are an estimate: FLOPs over the GPU's peak times an assumed utilization.
+on a CPU; of Stable Diffusion none is taken here. Hours on a GPU that is not here are an estimate: FLOPs over the GPU's
+peak times an assumed utilization, the same for all recipes.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.orders import first_order
+from benchmarks.text_to_image import SIZES
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.sources import load_splits
 from ret_fl.data.store import SampleStore
@@ -35,17 +39,23 @@ GPUS = {"A100": 312e12, "H100": 989e12}
 UTILIZATION = 0.2
 """Share of the peak that is assumed, not measured: small images and group norms keep a GPU far from it."""
 CPU_IMAGES = 2
-ADAM_COPIES = 5
-"""float32 values a parameter: weight, EMA, gradient, and Adam's two moments."""
+ADAM_COPIES = 4
+"""float32 values a parameter: weight, gradient, and Adam's two moments; an EMA is one more."""
+TOKENS = 77
+"""Of a caption, as Stable Diffusion's text encoder pads it."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe is told of its data: distinct training images, their shape (C, H, W), classes."""
+    """What a recipe is told of its data: distinct training images, their shape (C, H, W), classes.
+
+    text: the Stable Diffusion that is fine-tuned on them, one of `SIZES`; '': a model of pixels.
+    """
 
     images: int
     shape: tuple[int, int, int]
     classes: int = 0
+    text: str = ""
 
 
 KNOWN = {
@@ -53,24 +63,33 @@ KNOWN = {
     "cifar100": Facts(50_000, (3, 32, 32), 100),
     "afhq-dog": Facts(4739, (3, 64, 64)),
     "fine-tune": Facts(4739, (3, 64, 64)),  # as if AFHQ-DOG were fine-tuned on
+    "laion-10k-sd21": Facts(10_000, (3, 256, 256), text="sd21"),
 }
 """Data that a recipe is about, for where it is not on this machine."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one proxy. flops: forward and backward of one image. saved: bytes kept of one image for the backward pass."""
+    """Of one proxy and one image.
+
+    flops: forward and backward. saved: bytes kept for the backward pass. forward: FLOPs of it alone. encoding,
+    decoding: FLOPs between pixels and latents.
+    """
 
     parameters: int
     flops: int
     saved: int
+    forward: int
+    encoding: int = 0
+    decoding: int = 0
 
 
 def facts_of(name: str, config: RunConfig) -> Facts:
     """From the data, where it is here, else what is known of it. Raises `ConfigError` where neither is."""
-    here = config.data.source not in DISK_SOURCES or Path(config.data.path).expanduser().exists()
+    path = config.data.path
+    here = config.data.source not in DISK_SOURCES or bool(path and Path(path).expanduser().exists())
     known = KNOWN.get(name.removesuffix("-central"))
-    if here or known is None:
+    if known is None or (here and not known.text):
         train = load_splits(config.data).train
         return Facts(len(train), train.image_shape, train.num_classes)
     return known
@@ -85,6 +104,8 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 def cost_of(config: RunConfig, facts: Facts) -> Cost:
     """Counted on the meta device: nothing is computed."""
+    if facts.text:
+        return _cost_of_text_to_image(facts)
     config = without_weights(config)
     fold = fold_factor(config.model, facts.shape)
     channels, height, width = facts.shape
@@ -92,6 +113,34 @@ def cost_of(config: RunConfig, facts: Facts) -> Cost:
         unet = build_unet(config.model, facts.shape, facts.classes, 0).train()
         images = torch.empty(1, channels * fold**2, height // fold, width // fold)
         t, labels = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return _cost_of(unet, images, t, class_labels=labels if config.model.class_conditional else None)
+
+
+def _cost_of_text_to_image(facts: Facts) -> Cost:
+    """Of the U-Net that trains, and of the VAE before and behind it. The text encoder is small beside both."""
+    blocks = (128, 256, 512, 512)
+    width = SIZES[facts.text]["cross_attention_dim"]
+    _, height, side = facts.shape
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=side // 8, **SIZES[facts.text]).train()
+        vae = AutoencoderKL(
+            latent_channels=4, block_out_channels=blocks, layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        )  # fmt: skip
+        latents, told = torch.empty(1, 4, height // 8, side // 8), torch.empty(1, TOKENS, width)
+        t, pixels = torch.zeros(1, dtype=torch.int64), torch.empty(1, *facts.shape)
+    cost = _cost_of(unet, latents, t, encoder_hidden_states=told)
+    return replace(cost, encoding=_flops(vae.encode, pixels), decoding=_flops(vae.decode, latents))
+
+
+@torch.no_grad()
+def _flops(network: Callable[[Tensor], object], inputs: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        network(inputs)
+    return counter.get_total_flops()
+
+
+def _cost_of(unet: ModelMixin, images: Tensor, t: Tensor, **condition: Tensor | None) -> Cost:
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
     saved: dict[int, int] = {}
 
@@ -105,28 +154,47 @@ def cost_of(config: RunConfig, facts: Facts) -> Cost:
     held: list[Tensor] = []
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            predicted = unet(
-                images, t, class_labels=labels if config.model.class_conditional else None, return_dict=False
-            )[0]
+            predicted = unet(images, t, **condition, return_dict=False)[0]
+        forward = counter.get_total_flops()
         predicted.square().mean().backward()
-    return Cost(unet.num_parameters(), counter.get_total_flops(), sum(saved.values()))
+    return Cost(unet.num_parameters(), counter.get_total_flops(), sum(saved.values()), forward)
 
 
 def images_seen(config: RunConfig, facts: Facts) -> int:
     """Images all shards train on together. Two-pass TAA's re-draws are among them (ret_fl/proxy.py)."""
-    return config.num_server_rounds * config.local_epochs * facts.images
+    by_steps = config.shards * config.local_steps * config.batch_size
+    return config.num_server_rounds * (by_steps or config.local_epochs * facts.images)
+
+
+def flops_of_samples(config: RunConfig, cost: Cost) -> int:
+    """To draw the samples of the end; with guidance each step is taken with and without the prompt."""
+    passes = 2 if cost.decoding and config.text.guidance > 1 else 1
+    return config.samples * (config.sample_steps * passes * cost.forward + cost.decoding)
 
 
 def size_text(config: RunConfig, facts: Facts, cost: Cost, gpu: str = "A100", utilization: float = UTILIZATION) -> str:
     """The `Size:` of a preset's header: what is computed, and what is assumed."""
-    state, kept = ADAM_COPIES * 4 * cost.parameters / 1e9, config.batch_size * cost.saved / 1e9
+    ema = "EMA, " if config.ema.decay else ""
+    state = 4 * (ADAM_COPIES + bool(ema)) * cost.parameters / 1e9
+    kept = config.batch_size * cost.saved / 1e9
     seen = images_seen(config, facts)
-    flops = seen * cost.flops
+    peak = GPUS[gpu]
+
+    def hours(flops: float) -> str:
+        return _duration(flops / (peak * utilization))
+
+    encoding = ""
+    if facts.text:
+        latents = facts.images * (2 if config.data.flip else 1)
+        encoding = f", {hours(latents * cost.encoding)} for {latents:,} latents"
+        if config.taa.mode != "off":
+            encoding += f" ({hours(seen * cost.encoding)} more if TAA augments every image)"
     return (
-        f"{cost.parameters / 1e6:.1f} M parameters, {seen / 1e6:.3g} M images seen, {flops:.1e} FLOP. Estimates, not "
-        f"measured: {state:.2g} GB of GPU memory for weights, EMA, gradients and Adam and {kept:.2g} GB for a batch's "
-        f"activations in float32 (bf16 about half); {_duration(flops / (GPUS[gpu] * utilization))} on an {gpu} at an "
-        f"assumed {100 * utilization:g} % of its {GPUS[gpu] / 1e12:.0f} TFLOP/s"
+        f"{cost.parameters / 1e6:.1f} M parameters, {seen / 1e6:.3g} M images seen of {facts.images:,} training "
+        f"images, {seen * cost.flops:.1e} FLOP. Estimates, not measured: {state:.2g} GB of GPU memory for weights, "
+        f"{ema}gradients and Adam and {kept:.2g} GB for a batch's activations in float32 (bf16 about half); on an "
+        f"{gpu} at an assumed {100 * utilization:g} % of its {peak / 1e12:.0f} TFLOP/s {hours(seen * cost.flops)} of "
+        f"training{encoding} and {hours(flops_of_samples(config, cost))} for {config.samples:,} samples"
     )
 
 
@@ -177,7 +245,9 @@ def report(path: Path, device: torch.device, args: argparse.Namespace) -> None:
     print(f"{name}: {facts.images:,} images of {'x'.join(map(str, facts.shape))}, batch {config.batch_size}")
     print(f"  {cost.flops / 1e9:.2f} GFLOP and {cost.saved / 1e6:.1f} MB saved an image, forward and backward")
     print(f"  Size: {size_text(config, facts, cost, args.gpu, args.utilization)}")
-    if not args.no_step:
+    if facts.text:
+        print("  no step is measured here: set num-server-rounds and local-steps to a few, and time the run itself")
+    elif not args.no_step:
         speed, batch, memory = measured_step(config, facts, device, args.steps)
         whole = _duration(images_seen(config, facts) / speed)
         where = "one thread of this CPU" if device.type == "cpu" else str(device)

@@ -1,12 +1,11 @@
-"""What fine-tuning a text-to-image model sends, keeps in memory and computes, whole and by LoRA.
+"""What fine-tuning a text-to-image model sends and keeps in memory, whole and by LoRA.
 
     python -m benchmarks.text_to_image --run         # a real federated round of a small random model: bytes it sent
     python -m benchmarks.text_to_image               # the U-Net of SD 2.1 at 256 px, random weights (needs 10 GB)
     python -m benchmarks.text_to_image --size sd15 --side 512
 
 Bytes of `--run` are those of metrics.jsonl. The others: parameters are counted; activations are what autograd keeps of
-one sample in float32 on the CPU (`ret_fl.doctor.client_memory`); floating-point operations are torch's count of one
-sample through forward and backward. Nothing here was timed on a GPU.
+one sample in float32 on the CPU (`ret_fl.doctor.client_memory`). Operations are counted by benchmarks.recipes.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
-import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from clients.app import app as client_app
@@ -104,12 +101,6 @@ def estimate(size: str, side: int, place: Path) -> None:
         further = client_memory(two, model, data) - memory
         print(f"| {name} | {memory / 1e9:.1f}, and {further / 1e9:.2f} for each further image |", flush=True)
         del model
-    model = open_model(_config(folder, {}), (3, side, side), 0)
-    objective = model.objective(torch.device("cpu"))
-    x0, condition = objective.imagined(1, (3, side, side))
-    with FlopCounterMode(display=False) as counter:
-        objective.losses(model.unet, x0, *objective.draw(x0), condition).mean().backward()
-    print(f"\nforward and backward of one image: {counter.get_total_flops() / 1e12:.2f} TFLOP")
 
 
 def measured(place: Path) -> None:

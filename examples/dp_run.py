@@ -19,6 +19,7 @@ SETTINGS: dict[str, Scalar] = {
     "dp.noise-multiplier": 4.0,
     "dp.clipping-norm": 1.0,
     # what could tell of a shard beside its update is off: with dp.mode on ret-fl insists on it
+    "agc.mode": "off",
     "redistribution.policy": "none",
     "data.duplicates": "keep",
     "quorum": 1.0,

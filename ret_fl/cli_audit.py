@@ -83,7 +83,8 @@ def audit(
         typer.Option(
             metavar="MODEL",
             help="Image model for similarity and quality: a transformers folder (CLIP, DINOv2), a TorchScript file "
-            "(SSCD), or 'inception'. Repeatable. CLIP also scores how samples fit their prompts.",
+            "(SSCD), or 'inception', 'sscd' or 'clip', which are looked for on this machine. Repeatable. CLIP also "
+            "scores how samples fit their prompts.",
         ),
     ] = None,
     baseline: Annotated[

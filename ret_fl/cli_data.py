@@ -10,7 +10,7 @@ import typer
 from ret_fl.cli_options import PresetOption, SetOption, stop, wide_console
 
 if TYPE_CHECKING:
-    from ret_fl.config import DataConfig
+    from ret_fl.config import RunConfig
     from ret_fl.data.check import DataCheck, Groups
 
 app = typer.Typer(no_args_is_help=True, help="Datasets.")
@@ -45,7 +45,10 @@ def check(
     Counts by split and class, sizes and modes, unreadable images, exact and near-duplicates, and the fingerprint by
     which server and clients agree that they have the same data. 60,000 images of 32x32 take about a minute.
 
-    Exit code: 0 nothing to report, 1 it cannot be used, 3 it can, but has unreadable images or duplicates.
+    Captions are read, and counted, where model.init-from is a text-to-image model, or is not on this machine.
+
+    Exit code: 0 nothing to report, 1 it cannot be used, 3 there are unreadable images or duplicates, or no captions
+    for a text-to-image model.
 
     Examples:
 
@@ -57,10 +60,13 @@ def check(
     """
     from ret_fl.config import ConfigError
     from ret_fl.data.check import check_data
+    from ret_fl.diffusion.text_to_image import data_read, wants_captions
 
     try:
         config = _settings(what, preset, changes)
-        found = check_data(config, near=bits if near else None)
+        text = wants_captions(config)
+        read = data_read(config) if text is False else config.data
+        found = check_data(read, near=bits if near else None, text=text)
     except ConfigError as error:
         raise stop(error) from None
     _print(found, shown)
@@ -68,7 +74,7 @@ def check(
         raise typer.Exit(FINDINGS)
 
 
-def _settings(what: str, preset: Path | None, changes: list[str] | None) -> DataConfig:
+def _settings(what: str, preset: Path | None, changes: list[str] | None) -> RunConfig:
     from ret_fl.config import RunConfig
     from ret_fl.dataspec import is_builtin, require_named, source_of
     from ret_fl.settings import from_options
@@ -78,7 +84,7 @@ def _settings(what: str, preset: Path | None, changes: list[str] | None) -> Data
         require_named(what, None, None)
         builtin = is_builtin(what)
         settings |= {"data.source": what if builtin else source_of(what), "data.path": "" if builtin else what}
-    return RunConfig.from_flat(settings).data
+    return RunConfig.from_flat(settings)
 
 
 def _print(found: DataCheck, shown: int) -> None:
@@ -97,7 +103,14 @@ def _print(found: DataCheck, shown: int) -> None:
     for label in range(len(classes[0]) if classes else 0):
         table.add_row(str(label), *(f"{counts[label]:,}" for counts in classes))
     console.print(table)
+    if told := found.told:
+        console.print(
+            f"{told.captions:,} captions, {told.distinct:,} distinct; {told.several:,} images have several",
+            highlight=False,
+        )
     console.print(f"fingerprint {found.fingerprint}", highlight=False)
+    if found.untold:
+        console.print(f"fingerprint {found.untold} without captions, unless model.init-from draws from text")
     problems = found.problems()
     if not problems:
         looked = "" if found.near is not None else " (near-duplicates not looked for)"

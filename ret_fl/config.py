@@ -189,13 +189,13 @@ class RunConfig(Section):
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
         if self.agc.warm_passes and self.agc.mode in WITHOUT_BANK:
             raise ValueError(
-                f"agc.warm-passes={self.agc.warm_passes} fills the bank that only agc.mode=agc reads (got "
-                f"{self.agc.mode}): set agc.warm-passes=0"
+                f"agc.warm-passes={self.agc.warm_passes} fills the loss bank, which agc.mode={self.agc.mode} does not "
+                "read (agc, own and plug-ins may): set agc.warm-passes=0"
             )
         if self.taa.mode != "off" and self.agc.mode in WITHOUT_BANK:
             raise ValueError(
-                f"taa.mode={self.taa.mode} measures the distance to AGC's threshold: set agc.mode=agc "
-                f"(got {self.agc.mode})"
+                f"taa.mode={self.taa.mode} measures the distance to AGC's threshold, which agc.mode={self.agc.mode} "
+                "has not: set agc.mode=agc or own, or taa.mode=off"
             )
         if self.private:
             self._require_what_dp_covers()

@@ -93,10 +93,11 @@ class DataConfig(Section):
     near_features: str = Field(
         "",
         description="For cosine: an image model as `ret-fl audit --features` takes it (a transformers folder, a "
-        "TorchScript file, 'inception'), on the server; empty: the pixels, at most 16x16 of them.",
+        "TorchScript file, 'sscd', 'clip', 'inception'), on the server; empty: the pixels, at most 16x16 of them.",
     )
     flip: bool = Field(
-        False, description="Mirror every drawn training image left to right with probability 1/2 (the paper's CIFAR)."
+        False,
+        description="Mirror every drawn training image left to right with probability 1/2 (the paper: all but AFHQ).",
     )
     noise: float = Field(
         0.0,

@@ -178,9 +178,11 @@ def test_damaged_and_missing_batches_are_named(tmp_path: Path) -> None:
 def test_other_folders_and_files_are_refused_with_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "cifar.tar.gz").write_bytes(b"no archive")
-    for path in (tmp_path / "photos", tmp_path / "cifar.tar.gz", tmp_path / "nowhere"):
+    for path in (tmp_path / "photos", tmp_path / "cifar.tar.gz"):
         with pytest.raises(ConfigError, match=r"is not CIFAR's python version: name cifar-10-python\.tar\.gz"):
             from_cifar(path)
+    with pytest.raises(ConfigError, match=r"nowhere\.tar\.gz does not exist: put cifar-10-python\.tar\.gz or"):
+        from_cifar(tmp_path / "nowhere.tar.gz")
     write_cifar10(tmp_path / "both")
     write_cifar100(tmp_path / "both")
     with pytest.raises(ConfigError, match=r"both holds both: name cifar-10-python\.tar\.gz or"):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from captioned import text_settings
 from cifars import archive, pixels, write_cifar10
 from conftest import ret_fl
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_pipelines import small_pipeline
 
-from ret_fl.config import DataConfig
+from ret_fl.config import ConfigError, DataConfig, RunConfig, Scalar
 from ret_fl.data.check import check_data, near_duplicates
 from ret_fl.data.near import joined_by_hash, perceptual_hashes
 from ret_fl.data.sources import load_splits
+from ret_fl.diffusion.text_to_image import data_read, require_captions
 
 
 def photo(seed: int) -> np.ndarray:
@@ -143,3 +147,64 @@ def test_hashes_are_those_of_the_library() -> None:
     images = np.stack([photo(i).transpose(2, 0, 1) for i in range(3)])
     for found, image in zip(perceptual_hashes(images), images, strict=True):
         assert np.array_equal(found, imagehash.phash(Image.fromarray(image.transpose(1, 2, 0))).hash.ravel())
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(flat: dict[str, Scalar]) -> str:
+    """As a run finds it."""
+    return load_splits(data_read(RunConfig.from_flat(flat))).train.fingerprint
+
+
+def changes(flat: dict[str, Scalar]) -> list[str]:
+    return [part for key, value in flat.items() for part in ("--set", f"{key}={value}")]
+
+
+def test_captions_are_read_as_the_run_would_read_them(tmp_path: Path) -> None:
+    settings = text_settings(tmp_path)
+    text = {key: settings[key] for key in settings if key.startswith(("data.", "model.", "diffusion.", "agc."))}
+    pixel = {key: value for key, value in text.items() if key.startswith("data.")}
+    away = text | {"model.init-from": "stable-diffusion-2-1"}
+    assert fingerprint_of(text) != fingerprint_of(pixel)
+    counted = "24 captions, 18 distinct; 12 images have several"
+    outputs = {}
+    for name, flat in (("text", text), ("pixel", pixel), ("away", away)):
+        result = ret_fl("data", "check", *changes(flat))
+        assert result.exit_code == 0, result.output
+        outputs[name] = result.output
+    assert fingerprint_of(text) in outputs["text"] and fingerprint_of(pixel) not in outputs["text"]
+    assert fingerprint_of(pixel) in outputs["pixel"] and fingerprint_of(text) not in outputs["pixel"]
+    assert f"fingerprint {fingerprint_of(text)}\n" in outputs["away"]
+    assert f"fingerprint {fingerprint_of(pixel)} without captions" in outputs["away"]
+    assert [counted in output for output in outputs.values()] == [True, False, True]
+
+    told = json.loads((tmp_path / "images" / "captions.json").read_text())
+    told.pop("0/00.png")
+    (tmp_path / "images" / "captions.json").write_text(json.dumps(told))
+    assert ret_fl("data", "check", *changes(pixel)).exit_code == 0
+    lacking = ret_fl("data", "check", *changes(text))
+    assert lacking.exit_code == 1 and "gives 0/00.png no caption" in lacking.output
+
+
+def test_captions_that_a_run_needs_and_lacks_are_told(tmp_path: Path) -> None:
+    flat = text_settings(tmp_path)
+    (tmp_path / "images" / "captions.json").unlink()
+    text = {key: flat[key] for key in flat if key.startswith(("data.", "model.", "diffusion.", "agc."))}
+    pixels = tmp_path / "pixels"
+    small_pipeline(pixels, channels=3, side=16)
+    preset = ["--preset", "simulations/presets/laion-10k-sd21.toml", "--set", f"data.path={tmp_path / 'images'}"]
+    small = ["--set", "data.image-size=16"]
+    for command, told in (
+        (changes(text), "no captions, and a run needs them"),
+        (preset + small, "a run needs them if model.init-from, which is no folder here, draws from text"),
+        (changes(text | {"model.init-from": str(pixels)}), None),
+    ):
+        result = ret_fl("data", "check", *command)
+        output = " ".join(result.output.split())
+        assert result.exit_code == (3 if told else 0), result.output
+        assert told in output and "put captions.json into the image folder" in output if told else (
+            "captions" not in output
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="the data has no captions"):  # as the check said
+        require_captions(RunConfig.from_flat(text), load_splits(RunConfig.from_flat(text).data).train)

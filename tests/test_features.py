@@ -1,6 +1,8 @@
 """Image models give the features that they give without us."""
 
 import os
+import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -8,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from image_models import FakeInception, pictures, save_script, write_settings
 from PIL import Image
 from torch import Tensor, nn
 
-from ret_fl.audit.features import find_inception, load_features
+from ret_fl.audit.features import load_features
+from ret_fl.audit.weights import INCEPTION, NAMED, SSCD, Weights
 
 VISION = {
     "hidden_size": 16,
@@ -234,9 +238,10 @@ def test_images_that_are_none_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home without Inception."""
-    for variable in ("RET_FL_INCEPTION", "XDG_CACHE_HOME"):
+    """A home without the networks of papers."""
+    for variable in ("RET_FL_INCEPTION", "RET_FL_SSCD", "RET_FL_CLIP", "XDG_CACHE_HOME"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path
@@ -260,24 +265,102 @@ def test_inception_is_fed_8_bit_images_and_asked_for_features(nowhere: Path, mon
 
 
 @pytest.mark.parametrize(
-    "place",
+    ("weights", "place"),
     [
-        "torch/hub/checkpoints/inception-2015-12-05.pt",
-        ".cache/dnnlib/downloads/0123456789abcdef_https___example.org_inception-2015-12-05.pt",
+        (INCEPTION, "torch/hub/checkpoints/inception-2015-12-05.pt"),
+        (INCEPTION, ".cache/dnnlib/downloads/0123456789abcdef_https___example.org_inception-2015-12-05.pt"),
+        (SSCD, "torch/hub/checkpoints/sscd_disc_large.torchscript.pt"),
     ],
 )
-def test_inception_is_found_where_others_keep_it(nowhere: Path, place: str) -> None:
+def test_weights_are_found_where_others_keep_them(nowhere: Path, weights: Weights, place: str) -> None:
     path = nowhere / place
-    path.parent.mkdir(parents=True)
+    path.mkdir(parents=True)
+    with pytest.raises(ValueError, match="needs the file"):  # a folder is none
+        weights.find()
+    path.rmdir()
     path.touch()
-    assert find_inception() == path
+    assert weights.find() == path
 
 
-def test_missing_inception_says_where_it_may_lie(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"(?s)inception-2015-12-05\.pt.*Nothing is downloaded.*never comparable") as e:
-        load_features("inception")
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("inception", "inception-2015-12-05.pt"),
+        ("sscd", "github.com/facebookresearch/sscd-copy-detection"),
+        ("clip", "hf download openai/clip-vit-base-patch16"),
+    ],
+)
+def test_missing_weights_say_where_they_come_from_and_may_lie(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch, spec: str, told: str
+) -> None:
+    with pytest.raises(ValueError, match=r"(?s)Nothing is downloaded.*never comparable") as e:
+        load_features(spec)
+    assert told in str(e.value)
     for place in (Path("torch/hub/checkpoints"), Path(".cache/dnnlib/downloads")):
         assert str(nowhere / place) in str(e.value)
-    monkeypatch.setenv("RET_FL_INCEPTION", os.devnull + "/x")
-    with pytest.raises(ValueError, match="RET_FL_INCEPTION points at"):
-        load_features("inception")
+    monkeypatch.setenv(f"RET_FL_{spec.upper()}", os.devnull + "/x")
+    with pytest.raises(ValueError, match=f"RET_FL_{spec.upper()} points at"):
+        load_features(spec)
+
+
+@pytest.mark.parametrize(
+    ("path", "spec"),
+    [("sscd_disc_large.torchscript.pt", "sscd"), ("models/clip-vit-base-patch16", "clip"), ("a/dinov2", None)],
+)
+def test_a_path_that_leads_nowhere_is_answered_with_the_name_that_was_meant(path: str, spec: str | None) -> None:
+    with pytest.raises(ValueError, match="no image model at") as e:
+        load_features(path)
+    assert all(f"'{name}'" in str(e.value) for name in NAMED)
+    hints = [f"Or name '{name}': that is {weights.what}" for name, weights in NAMED.items()]
+    assert [hint in str(e.value) for hint in hints] == [name == spec for name in NAMED]
+
+
+def test_sscd_is_prepared_as_the_papers_do_by_the_settings_the_docs_give(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (nowhere / "sscd").mkdir()
+    path = save_script(Moments(), nowhere / "sscd" / "sscd_disc_large.torchscript.pt")
+    images = pictures(3)
+    monkeypatch.setenv("RET_FL_SSCD", str(path))
+    usual = load_features("sscd")
+    assert usual.name == "sscd_disc_large" and usual.features(images)[:, 6:].tolist() == [[345, 288]] * 3
+    page = (ROOT / "docs" / "text-to-image.md").read_text()
+    (settings,) = re.findall(r'^ *(\{"size": .*\})$', page, re.MULTILINE)
+    (path.parent / "preprocessor_config.json").write_text(settings)
+    model = load_features("sscd")
+    features = model.features(images)
+    write_settings(path.parent)
+    assert load_features("sscd").name not in (usual.name, model.name)  # never set beside the others' numbers
+    assert re.fullmatch(r"sscd_disc_large \(inputs [0-9a-f]{6}\)", model.name)
+    resized = [
+        Image.fromarray(i.permute(1, 2, 0).numpy())
+        .resize((256, 307), Image.Resampling.BILINEAR)
+        .crop((16, 41, 240, 265))
+        for i in images
+    ]
+    inputs = np.stack([np.asarray(image) for image in resized]) / 127.5 - 1
+    np.testing.assert_allclose(features[:, :3], inputs.mean((1, 2)), atol=0.01)
+    np.testing.assert_allclose(features[:, 3:6], inputs.std((1, 2)), atol=0.01)
+    assert features[:, 6:].tolist() == [[224, 224]] * 3
+
+
+def test_clip_is_found_in_the_hubs_cache_and_where_it_is_put(
+    folders: dict[str, Path], nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pictures(3)
+    expected = load_features(str(folders["clip"])).features(images)
+    repository = nowhere / "hub" / "models--openai--clip-vit-base-patch16"
+    shutil.copytree(folders["clip"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    model = load_features("clip")
+    assert model.name == "clip-vit-base-patch16"
+    assert torch.equal(model.features(images), expected)
+    place = nowhere / "torch/hub/checkpoints/clip-vit-base-patch16"
+    place.parent.mkdir(parents=True)
+    (repository / "snapshots" / ("0" * 40)).rename(place)
+    assert torch.equal(load_features("clip").features(images), expected)
+    monkeypatch.setenv("RET_FL_CLIP", str(folders["clip"]))
+    shutil.rmtree(place)
+    assert torch.equal(load_features("clip").features(images), expected)
+    assert load_features("clip").name == "clip"  # its folder's own

@@ -20,7 +20,7 @@ from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import load_splits
 from ret_fl.proxy import Round
 from ret_fl.rundir import RunDir
-from ret_fl.settings import read_preset
+from ret_fl.settings import change_run, read_preset
 
 Tiny = Callable[..., RunConfig]
 WARM: dict[str, Scalar] = ALL_T | {"agc.warm-passes": 3}
@@ -134,19 +134,27 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_server(RunConfig.from_flat(flat), tmp_path_factory.mktemp("pretrained") / "run").final
 
 
-def test_fine_tuning_from_end_to_end(pretrained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fine-tune", "fine-tune-central"])
+def test_fine_tuning_from_end_to_end(pretrained: Path, tmp_path: Path, name: str) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, digit in enumerate(load_digits().images[:40]):
         Image.fromarray(np.uint8(digit * 15.9)).save(photos / f"{i}.png")
-    flat = read_preset(ROOT / "simulations/presets/fine-tune.toml")
+    flat = read_preset(ROOT / f"simulations/presets/{name}.toml")
     small: dict[str, Scalar] = {
         "data.path": str(photos), "data.limit": 0, "data.image-size": 16, "data.held-out": 0.2,
-        "model.init-from": str(pretrained), "shards": 2, "num-server-rounds": 2, "local-epochs": 2,
-        "batch-size": 8, "optimizer.warmup-steps": 3,
+        "model.init-from": str(pretrained), "num-server-rounds": 2, "local-epochs": 2, "batch-size": 8,
+        "optimizer.warmup-steps": 3, "shards": 1 if name.endswith("central") else 2,
     }  # fmt: skip
-    flat |= TINY | small
-    run = run_server(RunConfig.from_flat(flat | {"samples": 8, "sample-steps": 2}), tmp_path / "tuned")
+    method = {key: value for key, value in flat.items() if key.startswith(("agc.", "taa.", "redistribution."))}
+    flat |= TINY | small | method | {"aggregate-every": flat["aggregate-every"]}
+    run = run_server(RunConfig.from_flat(flat), tmp_path / "tuned")
+    _, longer = change_run(run.path, {"num-server-rounds": 4, "samples": 8, "sample-steps": 2})
+    run_server(longer, run.path, resume=True)
+    whole = run_server(RunConfig.from_flat(flat | {"num-server-rounds": 4}), tmp_path / "whole")
+    assert [row["round"] for row in run.rows()] == [1, 2, 3, 4]
+    ours, theirs = (load_latest(r.checkpoints).weights for r in (run, whole))
+    assert [key for key in theirs if not np.array_equal(ours[key], theirs[key])] == []
     scratch = run_server(
         RunConfig.from_flat(flat | {"model.init-from": "", "model.preset": "tiny", "agc.warm-passes": 0}),
         tmp_path / "from-scratch",

@@ -15,7 +15,7 @@ from conftest import ROOT, ret_fl, run_server
 from diffusers import DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from benchmarks.recipes import KNOWN, cost_of, images_seen, size_text
+from benchmarks.recipes import KNOWN, Cost, cost_of, flops_of_samples, images_seen, size_text
 from ret_fl.audit.schema import Audit
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import ConfigError, RunConfig, Scalar
@@ -107,15 +107,51 @@ def test_the_cost_is_that_of_a_real_step() -> None:
     assert cost.saved == pytest.approx(sum(kept.values()), rel=0.1)  # attention keeps other things on a CPU
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if f"{name}-central" in PRESETS])
+def test_what_stable_diffusion_costs_beside_training_is_counted() -> None:
+    config, facts = config_of("laion-10k-sd21"), KNOWN["laion-10k-sd21"]
+    cost = cost_of(config, facts)
+    assert cost.parameters == 865_910_724
+    assert 2.5 < cost.flops / cost.forward < 3 and cost.decoding > cost.encoding > cost.forward
+    assert images_seen(config, facts) == images_seen(config_of("laion-10k-sd21-central"), facts) == 1_600_000
+    whole = flops_of_samples(config, cost)
+    assert whole == 4000 * (50 * 2 * cost.forward + cost.decoding)
+    unguided = config_of("laion-10k-sd21", **{"text.guidance": 1.0})
+    assert flops_of_samples(unguided, cost) == whole - 4000 * 50 * cost.forward
+    pixels = Cost(parameters=1, flops=30, saved=1, forward=10)
+    cifar = config_of("cifar10", **{"samples": 7, "sample-steps": 3})
+    assert flops_of_samples(cifar, pixels) == 7 * 3 * 10
+    mirrored = size_text(config, facts, cost)
+    plain = size_text(config_of("laion-10k-sd21", **{"data.flip": False, "taa.mode": "off"}), facts, cost)
+    assert "for 20,000 latents" in mirrored and "for 10,000 latents" in plain
+    assert "more if TAA augments" in mirrored and "more if TAA augments" not in plain
+    assert "EMA" not in mirrored and "EMA" in size_text(config_of("laion-10k-sd21", **{"ema.decay": 0.9}), facts, cost)
+
+
+PAIRS = [name for name in RECIPES if f"{name}-central" in PRESETS and not name.startswith("laion")]
+"""LAION's baseline has the values of its authors, and a test of its own."""
+
+
+@pytest.mark.parametrize("name", PAIRS)
 def test_the_baseline_sees_as_many_images_and_is_else_the_same(name: str) -> None:
     ours, central = config_of(name), config_of(f"{name}-central")
     assert images_seen(ours, KNOWN[name]) == images_seen(central, KNOWN[name])
     pairs = zip(ours.to_flat().items(), central.to_flat().values(), strict=True)
     differ = {key for (key, value), other in pairs if value != other}
-    assert differ == {"name", "shards", "aggregate-every", "agc.mode", "taa.mode", "redistribution.policy",
-                      "optimizer.warmup-steps"}  # fmt: skip
+    expected = {"name", "shards", "aggregate-every", "agc.mode", "taa.mode", "redistribution.policy",
+                "optimizer.warmup-steps"}  # fmt: skip
+    assert differ == expected | ({"agc.warm-passes"} if name == "fine-tune" else set())
     assert (central.shards, central.agc.mode, central.redistribution.policy) == (1, "off", "none")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_warm_up_is_the_same_share_of_either_s_steps(name: str) -> None:
+    """To a step: a shard has a tenth of the images."""
+    ours, central = config_of(name), config_of(f"{name}-central")
+    assert ours.shards == 10 and "fine-tune" in PAIRS
+    assert central.optimizer.warmup_steps == pytest.approx(10 * ours.optimizer.warmup_steps, rel=0.015)
+    if name == "fine-tune":  # 5 % of what 4,739 images give
+        steps = images_seen(central, KNOWN[name]) / central.batch_size
+        assert central.optimizer.warmup_steps == pytest.approx(0.05 * steps, abs=1)
 
 
 def test_a_preset_may_extend_another_but_not_itself(tmp_path: Path) -> None:

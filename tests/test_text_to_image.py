@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from captioned import captioned_folder, text_config, text_settings, training_set
-from conftest import PLAIN, ROOT, fresh_weights, make_federation, make_trainer, opened_model, ret_fl, run_server
+from conftest import PLAIN, fresh_weights, make_federation, make_trainer, opened_model, ret_fl, run_server
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from orders import differ, make_order
 from outcomes import Outcome, assert_same_outcome, killed_at
@@ -29,8 +29,7 @@ from ret_fl.diffusion.encoders import fingerprint
 from ret_fl.diffusion.proxymodel import load_trained, trained_parameters
 from ret_fl.proxy import round_seed, train_proxy, visit_plan
 from ret_fl.recorder import ema_state
-from ret_fl.redistribution import is_due
-from ret_fl.settings import change_run, read_preset
+from ret_fl.settings import change_run
 from ret_fl.speed import images_per_second
 from ret_fl.strategy import FederationError
 
@@ -112,6 +111,42 @@ def test_only_adapters_train_and_travel_under_lora(place: Path) -> None:
     whole.run(1)
     assert set(adapters.run(1)) == {f"{part}.{name}" for part in ("raw", "ema") for name in names}
     assert adapters.rounds[0].bytes_up < whole.rounds[0].bytes_up / 4
+
+
+# --- what saves memory ------------------------------------------------------------------------------------------
+
+SAVERS: dict[str, tuple[dict[str, Scalar], float]] = {
+    "checkpointing": ({"model.gradient-checkpointing": True}, 1e-5),
+    "fp16": ({"precision": "fp16"}, 0.05),
+    "micro-batches": ({"micro-batch": 3}, 1e-4),
+}
+"""What saves memory, and how far it may move the gradients, as a share of them."""
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("saver", SAVERS)
+def test_what_saves_memory_changes_no_result(place: Path, saver: str, lora: int) -> None:
+    """Whole and by LoRA, gated and clipped by nothing: Adam's first moments are gradients."""
+    changes, most = SAVERS[saver]
+    same: dict[str, Scalar] = {"lora.rank": lora, "local-steps": 4, "agc.mem-ratio": 1.05, "precision": "fp32"}
+    same |= {"optimizer.grad-clip": 0.0, "optimizer.warmup-steps": 0, "optimizer.lr": 1e-3}
+    trained = []
+    for config in (text_config(place, **same), text_config(place, **same | changes)):
+        known = np.full(6, np.nan, np.float32)
+        columns = {"probability": np.ones(6, np.float32), "strength": np.zeros(6, np.float32)}
+        order = make_order(config, bank=1.1, ids=np.arange(6), log_ratio=known, usual=known, **columns)
+        trainer = make_trainer(config)
+        assert trainer.unet.is_gradient_checkpointing == (saver == "checkpointing" and len(trained) == 1)
+        trained.append(train_proxy(trainer, order, fresh_weights(config), training_set(config), "photo", None))
+    whole, saved = trained
+    ours, theirs = (torch.cat([m.flatten() for m in t.state.moments.first.values()]) for t in trained)
+    assert ours.norm() > 0
+    assert (ours - theirs).norm() <= most * ours.norm()
+    assert (saver == "fp16") <= bool((ours != theirs).any())
+    assert 0 < whole.report.skips.sum() < whole.report.visits.sum() == 16
+    assert saved.report.loss == pytest.approx(whole.report.loss, rel=most)
+    assert saved.state.moments.updates == whole.state.moments.updates == 4
+    assert differ(saved.weights, fresh_weights(config))
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
@@ -367,35 +402,3 @@ def test_a_folder_elsewhere_may_be_named_on_resuming_but_not_another_model(place
     fingerprint.cache_clear()
     run_server(config, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "final" / "vae").is_dir()
-
-
-# --- the presets ------------------------------------------------------------------------------------------------
-
-PRESETS = {name: read_preset(ROOT / "simulations" / "presets" / f"{name}.toml") for name in
-           ("laion-10k-sd21", "laion-10k-sd21-central")}  # fmt: skip
-
-
-def test_the_presets_see_equally_many_images_and_one_data_set() -> None:
-    ours, central = (RunConfig.from_flat(preset) for preset in PRESETS.values())
-    seen = [c.shards * c.num_server_rounds * c.visits(10_000 // c.shards) for c in (ours, central)]
-    assert seen == [1_600_000, 1_600_000]
-    assert ours.data == central.data and ours.model == central.model and ours.samples == central.samples
-    assert ours.num_server_rounds // ours.aggregate_every == 25
-    assert [is_due(ours, round) for round in (1, 2, 3, 4)] == [True, False, True, False]
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_runs_on_a_small_stand_in_of_its_data(place: Path, tmp_path: Path, name: str) -> None:
-    """The same layout on disk, the same classes of networks, two phases, killed in the second and resumed."""
-    settings = text_settings(place)
-    small = {key: settings[key] for key in ("data.path", "data.cache-dir", "model.init-from", "diffusion.timesteps")}
-    small |= {"data.image-size": 16, "batch-size": 3, "local-steps": 2, "num-server-rounds": 2, "samples": 5,
-              "sample-steps": 1, "shards": min(2, int(PRESETS[name]["shards"])), "device": "cpu", "threads": 1,
-              "wait-seconds": 1}  # fmt: skip
-    config = RunConfig.from_flat(PRESETS[name] | small)
-    killed_at(config, tmp_path / "run", round=2, shard=0)
-    run = run_server(config, tmp_path / "run", resume=True)
-    assert [row["aggregated"] for row in run.rows()] == ([False, True] if "central" not in name else [True, True])
-    assert load_audit(run.path)[0].model.samples == 5
-    pipeline = StableDiffusionPipeline.from_pretrained(run.final)
-    assert pipeline("b green", num_inference_steps=1, output_type="np").images[0].shape == (16, 16, 3)

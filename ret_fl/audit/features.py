@@ -7,10 +7,9 @@ never comparable with those in another's.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +19,10 @@ from torch import Tensor
 from ret_fl.audit.classifier import unit_images
 from ret_fl.audit.distances import Images
 from ret_fl.audit.preprocessing import SETTINGS_FILE, Preprocessing
+from ret_fl.audit.weights import CLIP, INCEPTION, NAMED, SSCD, lookalike
 
 BATCH = 32
-INCEPTION_FILE = "inception-2015-12-05.pt"
-INCEPTION_VARIABLE = "RET_FL_INCEPTION"
+NAMES = " or ".join(f"'{name}'" for name in NAMED)
 
 
 class FeatureModel(Protocol):
@@ -114,24 +113,31 @@ def load_features(spec: str, *, device: torch.device | str = "cpu") -> FeatureMo
             - a TorchScript file (*.pt, *.torchscript), or a folder with one, such as SSCD's. It is called with float32
               [n, 3, h, w]. A preprocessor_config.json beside it tells the input size and normalisation; without one,
               the shorter side becomes 288 and ImageNet's mean and deviation are used (SSCD's recommendation).
-            - 'inception': the Inception-v3 of TensorFlow's FID as NVIDIA's StyleGAN2-ADA ships it; see
-              `find_inception`. A file of that name is recognised in any place.
+            - 'inception', 'sscd' or 'clip': the networks of published FIDs, memorization scores and CLIP scores, looked
+              for as `ret_fl.audit.weights` tells. Inception-v3 as NVIDIA's StyleGAN2-ADA ships it is recognised by
+              its file's name in any place, too.
         device: where the network runs.
 
     Raises:
         ValueError: nothing usable there, or transformers is missing; the message says what to change.
     """
     place = torch.device(device)
-    if spec == "inception":
-        return _load_inception(find_inception(), place)
-    path = Path(spec).expanduser()
+    if spec == INCEPTION.spec:
+        return _load_inception(INCEPTION.find(), place)
+    if spec == CLIP.spec:
+        folder = CLIP.find()
+        model = _load_transformers(folder, place)
+        return replace(model, name=CLIP.file) if folder.parent.name == "snapshots" else model  # of the hub's cache
+    path = SSCD.find() if spec == SSCD.spec else Path(spec).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
         return _load_transformers(path, place)
     if path.is_dir():
         path = _only_script(path)
     if not path.is_file():
-        raise ValueError(f"no image model at {spec}: name a transformers folder, a TorchScript file, or 'inception'")
-    if path.name.endswith(INCEPTION_FILE):
+        meant = lookalike(spec)
+        hint = f". Or name '{meant.spec}': that is {meant.what}" if meant else ""
+        raise ValueError(f"no image model at {spec}: name a transformers folder, a TorchScript file, or {NAMES}{hint}")
+    if path.name.endswith(INCEPTION.file):
         return _load_inception(path, place)
     return _load_script(path, place)
 
@@ -150,6 +156,8 @@ def _load_script(path: Path, device: torch.device) -> LoadedModel:
     settings = path.parent / SETTINGS_FILE
     prepare = Preprocessing.from_file(settings) if settings.is_file() else Preprocessing()
     name = path.name.removesuffix(".pt").removesuffix(".torchscript")
+    if prepare != Preprocessing():  # numbers are compared by name, and these are others
+        name += f" (inputs {prepare.digest})"
     return LoadedModel(name, prepare, _open_script(path, device), device)
 
 
@@ -160,32 +168,8 @@ def _open_script(path: Path, device: torch.device) -> Callable[..., Any]:
     except RuntimeError as error:
         raise ValueError(
             f"{path} is not a TorchScript file (weights alone do not suffice): name one, a transformers folder, or "
-            "'inception'"
+            f"{NAMES}"
         ) from error
-
-
-def find_inception() -> Path:
-    """The file inception-2015-12-05.pt: where RET_FL_INCEPTION points, in torch.hub's checkpoints, in StyleGAN's cache.
-
-    It is the TorchScript form of the network behind published FIDs (2048 features). It is not downloaded.
-
-    Raises:
-        ValueError: it is in none of the places, which the message names.
-    """
-    named = os.environ.get(INCEPTION_VARIABLE)
-    if named:
-        if Path(named).is_file():
-            return Path(named)
-        raise ValueError(f"{INCEPTION_VARIABLE} points at {named}, which is no file: correct or unset it")
-    folders = [Path(torch.hub.get_dir()) / "checkpoints", Path.home() / ".cache" / "dnnlib" / "downloads"]
-    for folder in folders:
-        if found := sorted(folder.glob(f"*{INCEPTION_FILE}")):
-            return found[0]
-    raise ValueError(
-        f"Inception features need the file {INCEPTION_FILE} (the TorchScript one of NVIDIA's StyleGAN2-ADA, 2048 "
-        f"features). Nothing is downloaded: put it into {folders[0]} or {folders[1]}, or let {INCEPTION_VARIABLE} "
-        "name it. The classifier's features need no file, but their numbers are never comparable with Inception's"
-    )
 
 
 def _load_inception(path: Path, device: torch.device) -> LoadedModel:

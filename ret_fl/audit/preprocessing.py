@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ class Preprocessing:
             images = _centre_crop(images, *self.crop)
         mean, std = images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
         return (self.scale * images - mean) / std
+
+    @property
+    def digest(self) -> str:
+        """Six hex digits that tell it from others."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:6]
 
     @classmethod
     def from_file(cls, path: Path) -> Preprocessing:

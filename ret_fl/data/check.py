@@ -10,13 +10,27 @@ from numpy.typing import NDArray
 
 from ret_fl.config import DataConfig
 from ret_fl.data.clusters import find_clusters, near_threshold
-from ret_fl.data.images import ImageSet
+from ret_fl.data.images import Captions, ImageSet
 from ret_fl.data.near import NEAR_BITS, require_imagehash
 from ret_fl.data.sources import DataSplits, load_images, load_splits
 from ret_fl.data.store import SampleStore
 
 Groups = list[NDArray[np.int64]]
 """Rows that belong together, each group ascending, groups by their first row."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Captions of a dataset: how many, how many of its images have more than one, how many texts are distinct."""
+
+    captions: int
+    several: int
+    distinct: int
+
+    @classmethod
+    def of(cls, captions: Captions) -> Told:
+        texts = [text for own in captions for text in own]
+        return cls(len(texts), sum(len(own) > 1 for own in captions), len(set(texts)))
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,9 @@ class DataCheck:
     were looked for. crossing: groups of `near` with images on both sides of training and the rest.
     dropped: images that must not train and equal one that does; they are on neither side. looked: how near-duplicates
     were looked for, in words.
-    fingerprint: of the training set, by which server and clients agree on it.
+    fingerprint: of the training set, by which server and clients agree on it. untold: the same of images alone, where
+    it is not known whether a run reads their captions; else ''.
+    told: the captions that were read, or None. missing: why there should be some, where there are none; else ''.
     """
 
     counts: Mapping[str, int]
@@ -43,6 +59,9 @@ class DataCheck:
     crossing: int
     dropped: int
     fingerprint: str
+    untold: str
+    told: Told | None
+    missing: str
     names: Sequence[str] = field(repr=False)
 
     def name(self, row: int) -> str:
@@ -50,7 +69,7 @@ class DataCheck:
 
     def problems(self) -> list[str]:
         """What a user should know before training, one line each."""
-        found = []
+        found = [self.missing] if self.missing else []
         if self.unreadable:
             found.append(f"unreadable and left out: {len(self.unreadable):,}")
         if self.exact:
@@ -67,12 +86,14 @@ class DataCheck:
         return found
 
 
-def check_data(config: DataConfig, near: int | None = NEAR_BITS) -> DataCheck:
+def check_data(config: DataConfig, near: int | None = NEAR_BITS, text: bool | None = False) -> DataCheck:
     """Read a dataset as a run would, and look at all of it.
 
     Args:
+        config: without names of captions (`ret_fl.diffusion.text_to_image.data_read`) where a run would read none.
         near: bits in which perceptual hashes of near-duplicates differ at most, unless data.near-duplicates says how
             they are found; None does not look for them.
+        text: whether the run would train text-to-image, and needs captions; None: it is not known.
 
     Raises:
         ConfigError: it cannot be read or split, or near-duplicates are asked for and imagehash is not installed.
@@ -99,8 +120,20 @@ def check_data(config: DataConfig, near: int | None = NEAR_BITS) -> DataCheck:
         crossing=sum(0 < trained[rows].sum() < len(rows) for rows in alike or []),
         dropped=_dropped(found, splits, whole),
         fingerprint=splits.train.fingerprint,
+        untold=splits.train.without_captions().fingerprint if text is None and found.captions else "",
+        told=Told.of(found.captions) if found.captions else None,
+        missing=_missing(text) if found.captions is None else "",
         names=found.names,
     )
+
+
+def _missing(text: bool | None) -> str:
+    """What to say of data without captions."""
+    remedy = "put captions.json into the image folder (data.captions), or name the column of data.source=hf in "
+    remedy += "data.caption-column"
+    if text is None:
+        return f"no captions: a run needs them if model.init-from, which is no folder here, draws from text: {remedy}"
+    return f"no captions, and a run needs them, as model.init-from draws from text: {remedy}" if text else ""
 
 
 def _how_near(config: DataConfig, bits: int | None) -> DataConfig | None:

@@ -60,6 +60,11 @@ def load_cifar(config: DataConfig) -> ImageSet:
     if not config.path:
         raise ConfigError("data.source=cifar needs data.path: cifar-10-python.tar.gz, or the folder in it")
     path = Path(config.path).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"data.path: {path} does not exist: put cifar-10-python.tar.gz or cifar-100-python.tar.gz there (as their "
+            "author distributes them, nothing is downloaded), or set data.path to where it is"
+        )
     found = find_layouts(path)
     if len(found) != 1:
         what = "holds both" if found else "is not CIFAR's python version"

@@ -112,6 +112,12 @@ class SampleStore:
         part._images, part._labels, part._captions, part._rows = self._images, self._labels, self._captions, rows
         return part
 
+    def without_captions(self) -> SampleStore:
+        """The same samples, of which nothing is told. It shares the memory of this one."""
+        part = self.subset(torch.arange(len(self)))
+        part._captions = None
+        return part
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of shape, number of classes, labels, captions and every image, in order."""

@@ -30,9 +30,21 @@ def is_stable_diffusion(init_from: str) -> bool:
     return json.loads(index.read_text(encoding="utf-8")).get("_class_name") == "StableDiffusionPipeline"
 
 
+CAPTIONED = ("image-folder", "hf")
+"""Values of data.source that may have captions."""
+
+
+def wants_captions(config: RunConfig) -> bool | None:
+    """Whether a run trains text-to-image; None: the folder that says so, in model.init-from, is not on this machine."""
+    folder = config.model.init_from
+    if folder and not Path(folder).is_dir() and config.data.source in CAPTIONED:
+        return None
+    return is_stable_diffusion(folder)
+
+
 def data_read(config: RunConfig) -> DataConfig:
     """What a run reads of `data.*`: captions only where a model is told them, whatever lies beside the images."""
-    if is_stable_diffusion(config.model.init_from) or config.data.source not in ("image-folder", "hf"):
+    if is_stable_diffusion(config.model.init_from) or config.data.source not in CAPTIONED:
         return config.data
     return config.data.model_copy(update={"captions": "", "caption_column": ""})
 
