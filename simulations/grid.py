@@ -46,6 +46,10 @@ def control_settings(name: str) -> Mapping[str, Scalar]:
     return {k: v for k, v in read_preset(path, within=CONTROLS).items() if k not in NOT_A_CONTROLS}
 
 
+class CellWaitsError(Exception):
+    """A cell cannot start yet: what it needs to know of another is not in the results."""
+
+
 class Part(BaseModel):
     """A table of a study file; keys are dashed, unknown ones refused."""
 
@@ -191,7 +195,7 @@ class Cell:
     def rate(self, results: ResultsFile) -> dict[str, Scalar]:
         """The rate of a random control: as many skips below t-max as the method it stands beside had.
 
-        Raises `LookupError` while that method's row is missing.
+        Raises `CellWaitsError` while that method's row is missing.
         """
         model = self.study.methods[self.method].skips_of
         if not model:
@@ -199,7 +203,9 @@ class Cell:
         beside = Cell(self.study, self.dataset, model, self.seed)
         row = results.find(beside.key, 1.0, beside.config())
         if row is None:
-            raise LookupError(f"{self.name} waits for {beside.name}")
+            raise CellWaitsError(
+                f"{self.name} waits for {beside.name}, which is not in the results yet: run that cell first"
+            )
         config = self.config()
         return {"agc.random-rate": min(0.95, row.skip_rate * config.diffusion.timesteps / config.agc.t_max)}
 
@@ -207,7 +213,7 @@ class Cell:
         """The points that are not in the results yet."""
         try:
             more = self.rate(results)
-        except LookupError:
+        except CellWaitsError:
             return self.points
         return [share for share in self.points if results.find(self.key, share, self.config(share, more)) is None]
 

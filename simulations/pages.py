@@ -15,7 +15,7 @@ from ret_fl.audit import plots
 from ret_fl.audit.folder import NUMBERS, load_audit
 from ret_fl.files import write_atomically
 from ret_fl.pictures import Pairs, save_pairs
-from simulations.grid import Study
+from simulations.grid import CellWaitsError, Study
 from simulations.results import (
     Point,
     ResultsFile,
@@ -81,7 +81,7 @@ def _current(study: Study, results: ResultsFile) -> list[Row]:
     for cell in study.cells():
         try:
             more = cell.rate(results)
-        except LookupError:
+        except CellWaitsError:
             continue
         rows = [results.find(cell.key, share, cell.config(share, more)) for share in cell.points]
         found += [row for row in rows if row is not None]

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.rundir import RunDir
-from simulations.grid import Cell, Pretraining, Study
+from simulations.grid import Cell, CellWaitsError, Pretraining, Study
 from simulations.results import ResultsFile, Row, measured, same_training
 
 POLL_SECONDS = 2.0
@@ -162,7 +162,7 @@ def _pretrained(cell: Cell, root: Path) -> bool:
 def _ready(cell: Cell, results: ResultsFile) -> bool:
     try:
         cell.rate(results)
-    except LookupError:
+    except CellWaitsError:
         return False
     return True
 
@@ -210,7 +210,7 @@ def main(
         if not render_only:
             run_study(file.absolute(), root, results_path, jobs)
         page = write_pages(study, file, ResultsFile(results_path), root)
-    except (ConfigError, CellsFailedError, ValueError) as error:
+    except (ConfigError, CellsFailedError, CellWaitsError, ValueError) as error:
         typer.secho(str(error), fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None
     typer.echo(f"Results: {page}")

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ret_fl.config import ConfigError, RunConfig
-from simulations.grid import Study
+from simulations.grid import CellWaitsError, Study
 from simulations.results import ResultsFile
 from simulations.study import run_cell, run_study
 
@@ -240,7 +240,7 @@ def test_a_random_control_skips_as_often_as_the_method_beside_it(finished: Path)
     rows = [r for r in results(finished).rows if r.method == "default"]
     assert cell.rate(results(finished)) == {"agc.random-rate": min(0.95, 2 * rows[0].skip_rate)}  # below t = 500 only
     empty = ResultsFile(finished.parent / "none.jsonl")
-    with pytest.raises(LookupError):
+    with pytest.raises(CellWaitsError):
         cell.rate(empty)
     write(finished.parent)
 
