@@ -295,10 +295,9 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
                 0, real.mean(lambda r: r.cr_floor.high), color=plots.GRID, alpha=0.6, lw=0, label="floor of real images"
             )
             axes.axhline(real_value, color=plots.MUTED, ls=":", lw=1, label="training images themselves")
-            axes.set_xscale("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
-            axes.set(xlim=(0, None), xlabel="copy rate (square-root axis)")
+            plots.share_axis(axes, axes.get_xlim()[1])
+            axes.set_xlabel("copy rate (square-root axis)")
             axes.set_ylabel(f"{'Frechet distance' if quality == 'fd' else 'precision'} ({better})")
-            axes.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g}%")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         figure.suptitle(f"{dataset}; squares: equal images", x=0.99, ha="right", fontsize=9)
     return figure
