@@ -40,6 +40,7 @@ TINY: dict[str, Scalar] = {
     "num-server-rounds": 2,
     "local-epochs": 1,
     "batch-size": 8,
+    "optimizer.lr": 0.012,
     "optimizer.warmup-steps": 3,
     "samples": 0,
     "evaluate-every": 0,
