@@ -187,6 +187,11 @@ class RunConfig(Section):
             )
         if self.diffusion.beta_end < self.diffusion.beta_start:
             raise ValueError("diffusion.beta-end must not be below diffusion.beta-start")
+        if self.agc.mode == "own" and self.report == "tails":
+            raise ValueError(
+                "agc.mode=own needs every sample's usual loss, report=tails tells those of the tails: set "
+                "agc.mode=off or agc, or report=full"
+            )
         if self.agc.warm_passes and self.agc.mode in WITHOUT_BANK:
             raise ValueError(
                 f"agc.warm-passes={self.agc.warm_passes} fills the loss bank, which agc.mode={self.agc.mode} does not "

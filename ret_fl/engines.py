@@ -108,6 +108,8 @@ def ending_on_signals() -> Iterator[threading.Event]:
         raise KeyboardInterrupt
 
     handlers: dict[int, Callable[[int, FrameType | None], NoReturn]] = {signal.SIGTERM: end, signal.SIGINT: interrupt}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a script: Ctrl-C is not for it
+        del handlers[signal.SIGINT]
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield hurry
@@ -235,11 +237,19 @@ def end_with_children(started: Iterable[psutil.Process], hurry: threading.Event)
             member.terminate()
     left, deadline = family, time.monotonic() + END_SECONDS
     while left and time.monotonic() < deadline and not hurry.is_set():
-        left = psutil.wait_procs(left, timeout=0.1)[1]
+        left = [member for member in psutil.wait_procs(left, timeout=0.1)[1] if not _dead(member)]
     for member in left:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    psutil.wait_procs(left)
+    psutil.wait_procs(left, timeout=1)
+
+
+def _dead(process: psutil.Process) -> bool:
+    """Whether a process has ended, if only its parent, which may not be this one, has not taken note yet."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def cpus_each(nodes: int) -> int:

@@ -222,7 +222,7 @@ class ShardLedger:
 
     @classmethod
     def load(cls, path: Path) -> ShardLedger:
-        """Read and check a ledger written by `save`; one of a version without `copies` or `usual` knows none."""
+        """Read and check a ledger written by `save`; one of a version without `copies` and `usual` has none."""
         with np.load(path, allow_pickle=False) as saved:
             columns = {f.name: saved[f.name] for f in fields(cls) if f.name in saved and f.name != "num_shards"}
             columns.setdefault("copies", np.ones(len(saved["shard"]), np.float32))

@@ -275,7 +275,7 @@ class RedistributeEnsemble(Strategy):
             self.journal.note(TRAINED, round=round, shard=report.shard, node=node, images=report.images,
                               samples=report.num_examples, seconds=report.seconds, loss=report.loss,
                               skip_rate=report.skip_rate)  # fmt: skip
-        if round >= self.config.usual_rounds:
+        if round == self.config.usual_rounds:
             self.ledger.settle_usual()
         moves = self._redistribute(round, reports)
         for source, target in sorted(set(zip(moves.source.tolist(), moves.target.tolist(), strict=True))):

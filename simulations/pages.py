@@ -99,7 +99,7 @@ def _how(study: Study, file: Path) -> list[str]:
 def _overview(study: Study, rows: Sequence[Row]) -> list[str]:
     """The default against the baseline on every dataset, at equal images seen."""
     lines = [
-        f"## The default against {study.baseline} training",
+        f"## The default against {_baseline(study)}",
         "",
         "| dataset | seeds | CR | floor (to) | baseline CR | copies | copies of canaries | FD / baseline | precision "
         "/ baseline | FD over FD, stopped |",
@@ -149,7 +149,7 @@ def _dataset(
         plane(study, rows, dataset, methods).savefig(folder / picture, dpi=130)
         lines += ["", f"![Copies against quality, {dataset}]({picture})", "", *_curves(study, rows, dataset, curves)]
     if study.baseline in methods and DEFAULT in methods:
-        lines += ["", *_claims(rows, dataset, study.baseline)]
+        lines += ["", *_claims(rows, dataset, study)]
     copies = folder / f"{name}-{dataset}-copies.png"
     _save_copies(study, rows, dataset, methods, runs, copies)
     if copies.is_file():
@@ -215,8 +215,12 @@ def _curves(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[s
     return lines
 
 
-def _claims(rows: Sequence[Row], dataset: str, baseline: str) -> list[str]:
-    central, own = curve(rows, dataset, baseline), curve(rows, dataset, DEFAULT)
+def _baseline(study: Study) -> str:
+    return study.methods[study.baseline].label.strip("*")
+
+
+def _claims(rows: Sequence[Row], dataset: str, study: Study) -> list[str]:
+    central, own = curve(rows, dataset, study.baseline), curve(rows, dataset, DEFAULT)
     try:
         base, point = at_share(central, 1), at_share(own, 1)
     except KeyError:
@@ -224,7 +228,7 @@ def _claims(rows: Sequence[Row], dataset: str, baseline: str) -> list[str]:
     base_canaries, canaries = (p.mean(lambda r: r.canary_copies) for p in (base, point))
     stopped = early_stop_fd(central, point.cr)
     lines = [
-        f"**The default against {baseline} training.** At equal images: copies {_change(point.cr, base.cr)}, copies "
+        f"**The default against {_baseline(study)}.** At equal images: copies {_change(point.cr, base.cr)}, copies "
         f"of canaries {_change(canaries, base_canaries)}, FD {_change(point.fd, base.fd)}, precision "
         f"{point.precision - base.precision:+.3f}. Against the baseline stopped where it copies as little: FD "
         f"{point.fd / stopped:.2f}x."

@@ -303,7 +303,7 @@ def test_the_sync_detector_detects() -> None:
 @pytest.mark.parametrize("mode", ["off", "agc", "own", "sample", "random"])
 def test_gate_loss_and_bank_never_wait_for_the_device(mode: Any, bins: int) -> None:
     bank = LossBank(T, bins=bins, bias_correct=True)
-    gate = make_gate(AgcConfig(mode=mode, t_max=T, min_visits=1), bank, torch.rand(4), UNKNOWN)
+    gate = make_gate(AgcConfig(mode=mode, t_max=T, min_visits=1), bank, torch.rand(4), torch.rand(4))
     loss, t, position = torch.rand(8, requires_grad=True), torch.randint(T, (8,)), torch.randint(4, (8,))
     with NoHostSync():
         keep = gate(loss.detach(), t, position)
@@ -321,9 +321,10 @@ def test_the_bank_runs_on_a_device_without_values() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_of_agc_on_cuda_makes_no_synchronising_call() -> None:
-    bank = LossBank(T, device="cuda")
-    gate = make_gate(AgcConfig(), bank, torch.rand(4, device="cuda"), UNKNOWN)
+@pytest.mark.parametrize("mode", ["agc", "own"])
+def test_a_step_of_agc_on_cuda_makes_no_synchronising_call(mode: Any) -> None:
+    bank, known = LossBank(T, device="cuda"), torch.rand(4, device="cuda")
+    gate = make_gate(AgcConfig(mode=mode), bank, known, known)
     loss, t = torch.rand(8, device="cuda"), torch.randint(T, (8,), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

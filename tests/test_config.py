@@ -126,6 +126,7 @@ def test_all_bad_values_are_named_at_once() -> None:
         ({"partition.path": "a.npy"}, r"set partition\.scheme=file"),
         ({"diffusion.beta-start": 0.5}, r"diffusion\.beta-end must not be below diffusion\.beta-start"),
         ({"agc.warm-passes": 1, "agc.mode": "sample"}, r"agc\.mode=sample does not read \(agc, own and plug-ins may\)"),
+        ({"report": "tails"}, r"agc\.mode=own needs every sample's usual loss.*set agc\.mode=off or agc"),
         ({"taa.mode": "next-visit", "agc.mode": "off"}, r"agc\.mode=off has not: set agc\.mode=agc or own"),
         ({"taa.mode": "next-visit", "agc.mode": "ret_fl.mitigation.agc:off"}, r"set agc\.mode=agc or own"),
         ({"aggregate-every": 0, "optimizer.proximal-mu": 0.1}, r"set optimizer\.proximal-mu=0, or aggregate-every"),

@@ -144,9 +144,10 @@ def test_show_has_no_counts_where_clients_tell_none(tiny: Tiny, tmp_path: Path) 
     assert f"rounds 1 to 2: in shard {ShardLedger.load(run.ledger).shard[3]} " in text
 
 
-def test_a_ledger_of_a_version_without_copies_is_read(tmp_path: Path) -> None:
+def test_a_ledger_of_a_version_without_copies_and_usual_losses_is_read(tmp_path: Path) -> None:
     ledger = ShardLedger.start(np.array([0, 1, 1]), 2)
     ledger.save(tmp_path / "new.npz")
     with np.load(tmp_path / "new.npz") as saved:
-        np.savez(tmp_path / "old.npz", **{name: saved[name] for name in saved if name != "copies"})
-    assert ShardLedger.load(tmp_path / "old.npz").copies.tolist() == [1, 1, 1]
+        np.savez(tmp_path / "old.npz", **{name: saved[name] for name in saved if name not in ("copies", "usual")})
+    old = ShardLedger.load(tmp_path / "old.npz")
+    assert old.copies.tolist() == [1, 1, 1] and np.isnan(old.usual).all()

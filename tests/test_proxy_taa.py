@@ -41,6 +41,18 @@ def test_two_pass_band_trains_clean_where_losses_are_far_from_the_threshold(tiny
     assert far.report.images == 20
 
 
+def test_near_the_threshold_means_near_a_samples_own_where_the_gate_is_its_own(tiny: Tiny) -> None:
+    """A usual loss of half of the bank's is the paper's gate with a bank half as high; unknown ones are the paper's."""
+    own, papers = (tiny(taa("next-visit"), {"agc.mode": mode, "agc.mem-ratio": 1e-6 + 1}) for mode in ("own", "agc"))
+    bank, half = 1.0, np.full(20, np.log(0.5), np.float32)
+    strengths = [
+        train(config, make_order(config, bank=value, usual=usual)).report.strength
+        for config, value, usual in ((own, bank, half), (papers, bank / 2, half), (own, bank, 0 * half))
+    ]
+    np.testing.assert_allclose(strengths[0], strengths[1], atol=1e-5)
+    assert np.abs(strengths[0] - strengths[2]).max() > 1e-4
+
+
 def test_two_pass_band_redraws_augmented_what_is_in_the_band(tiny: Tiny) -> None:
     config = tiny(taa("two-pass-band", bar=1e12))  # the band holds every kept loss
     trained = train(config, make_order(config, bank=1.0))
