@@ -10,7 +10,7 @@ from ret_fl.protocol import TrainOrder
 
 def first_order(config: RunConfig, fingerprint: str, ids: np.ndarray) -> TrainOrder:
     """An order of samples `ids` (int64 [n]) of which nothing is known yet."""
-    n, cells = len(ids), config.diffusion.timesteps
+    n, cells = len(ids), config.agc.bins or config.diffusion.timesteps
     return TrainOrder(
         config=config,
         run_key="benchmark",
