@@ -119,7 +119,9 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 autocast where a GPU has it. fp16 is for older GPUs; it scales the loss."
     )
-    compile: bool = Field(False, description="torch.compile the U-Net: about a minute once, then faster steps (on a GPU twice as fast).")
+    compile: bool = Field(
+        False, description="torch.compile the U-Net: about a minute once, then faster steps (on a GPU twice as fast)."
+    )
     threads: int = Field(
         0, ge=0, description="CPU threads of server and clients; 0: one on the server, what the engine gives a client."
     )
