@@ -280,7 +280,7 @@ class AgcConfig(Section):
         "'off'; or a plug-in (docs/extending.md).",
     )
     mem_ratio: float = Field(
-        1.35, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
+        1.45, gt=1, description="A sample is skipped when loss * mem-ratio < bank[t]; lambda = 1/mem-ratio."
     )
     t_max: int = Field(500, ge=1, description="Gate only timesteps below this: at high noise a low loss is luck.")
     usual_share: float = Field(
@@ -337,16 +337,16 @@ class TaaConfig(Section):
 
 class RedistributionConfig(Section):
     policy: Annotated[str, AfterValidator(POLICIES.by_name)] = Field(
-        "balance+quarantine",
-        description="What the server does with reported sample IDs; several joined by '+': balance (high-loss IDs "
-        "from the worst-fitted shard to the best), quarantine (memorized IDs are visited less), memorized (MSR, the "
-        "paper's ring swap), high-loss, random, none, or plug-ins (docs/extending.md).",
+        "random+quarantine",
+        description="What the server does with reported sample IDs; several joined by '+'. Exchanges round the ring: "
+        "memorized (MSR, the paper's), high-loss, random. balance: high-loss IDs from the worst-fitted shard to the "
+        "best. quarantine: memorized IDs are visited less. none. Or plug-ins (docs/extending.md).",
     )
     options: str = Field(
         "", description="Settings of plug-ins in redistribution.policy, as in 'top = 3, strength = 0.5'."
     )
     fraction: float = Field(
-        0.05, gt=0, le=0.5, description="Share of a shard that moves at a time (the paper's rho is 0.25)."
+        0.25, gt=0, le=0.5, description="Share of a shard that moves at a time (the paper's rho)."
     )
     period: int = Field(1, ge=1, description="Move at every n-th opportunity.")
     topology: Literal["ring", "derangement"] = Field(
