@@ -1,8 +1,9 @@
 """What the server does with reported sample IDs: pure functions from what is known to moves.
 
-`balance`: badly fitted (high-loss) samples go from the shard whose proxy fits worst to the one that fits best, while
-shards are unbalanced. `memorized` is the paper's MSR, a swap of the most-skipped samples around the ring. `quarantine`
-moves nothing: memorized samples are visited less often. `random` is the control.
+Exchanges round the ring: `memorized` is the paper's MSR, a swap of the most-skipped samples; `high-loss` passes on the
+worst-fitted ones, `random` any, which mixes shards best and is the default. `balance`: high-loss samples go from the
+shard whose proxy fits worst to the one that fits best, while shards are unbalanced. `quarantine` moves nothing:
+memorized samples are visited less often.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def high_loss(
 def random(
     ledger: ShardLedger, reports: Sequence[TrainReport], rng: np.random.Generator, config: RedistributionConfig
 ) -> Moves:
-    """The control: as many samples move, chosen by chance."""
+    """Each shard passes on samples chosen by chance: the shipped mixing, and the control of the two others."""
     return _exchange(ledger, rng, config, rng.random(len(ledger)), ledger.visited())
 
 

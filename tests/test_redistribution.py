@@ -67,13 +67,13 @@ class TestBalance:
     def test_a_difference_up_to_gap_is_left_alone(self, difference: float, moved: int) -> None:
         ledger = ledger_of(20, 20)
         reports = fits_of(ledger, difference, 0.0, losses=10**8)
-        assert len(balance(ledger, reports, rng(), RedistributionConfig(gap=0.1))) == moved
+        assert len(balance(ledger, reports, rng(), RedistributionConfig(gap=0.1, fraction=0.05))) == moved
 
     @pytest.mark.parametrize(("difference", "moved"), [(0.25, 0), (0.35, 1)])
     def test_a_difference_below_three_standard_errors_is_left_alone(self, difference: float, moved: int) -> None:
         ledger = ledger_of(20, 20)
         reports = fits_of(ledger, difference, 0.0, losses=60)  # .5 / sqrt(60) each: three errors of both are .274
-        assert len(balance(ledger, reports, rng(), RedistributionConfig(gap=0.0))) == moved
+        assert len(balance(ledger, reports, rng(), RedistributionConfig(gap=0.0, fraction=0.05))) == moved
 
     def test_noise_alone_rarely_moves_anything(self) -> None:
         ledger, generator, moved = ledger_of(20, 20), rng(1), 0
@@ -335,4 +335,4 @@ class TestParsePolicy:
             parse_policy(text)
 
     def test_the_default_is_a_policy(self) -> None:
-        assert parse_policy(RunConfig().redistribution.policy) == ([balance], True)
+        assert parse_policy(RunConfig().redistribution.policy) == ([random], True)
