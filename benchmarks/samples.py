@@ -5,7 +5,7 @@
 
 Four ways to move the same samples, 256 at a time, from disk in one process to disk in another over the loopback:
   service   checks the grant, packs records; the client hashes every sample, compares it with the order, and writes the
-            segments of its cache, flushed to disk
+            segments of its cache, each flushed to disk
   files     copies a data set as it usually lies there, one file an image: 256 files are read, sent, written as 256
             files; these are not flushed, since to flush each would take far longer than the copy
   grpc      what gRPC itself takes: a stream of the same bytes in Python, unchecked, written to one file, and that
