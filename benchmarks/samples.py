@@ -5,7 +5,7 @@
 
 Four ways to move the same samples, 256 at a time, from disk in one process to disk in another over the loopback:
   service   checks the grant, packs records; the client hashes every sample, compares it with the order, and writes the
-            segments of its cache, flushed to disk
+            segments of its cache, each flushed to disk
   files     copies a data set as it usually lies there, one file an image: 256 files are read, sent, written as 256
             files; these are not flushed, since to flush each would take far longer than the copy
   grpc      what gRPC itself takes: a stream of the same bytes in Python, unchecked, written to one file, and that
@@ -25,13 +25,14 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 
 from benchmarks.orders import first_order
 from ret_fl.config import DataConfig, RunConfig, ServiceConfig
@@ -148,8 +149,6 @@ def fetch(service: ServiceConfig, order: TrainOrder, cache: Path) -> float:
     """Seconds until the samples of the order are ready to train on, and on disk."""
     began = time.perf_counter()
     ServedAccess(service, DataConfig(cache_dir=str(cache))).samples(order)
-    for path in (cache / "samples").glob("*.npy"):
-        sync(path)
     return time.perf_counter() - began
 
 
@@ -158,6 +157,17 @@ def start(target: object, *arguments: object) -> tuple[multiprocessing.Process, 
     process = multiprocessing.get_context("spawn").Process(target=target, args=(*arguments, theirs), daemon=True)  # type: ignore[arg-type]
     process.start()
     return process, ours.recv()  # type: ignore[return-value]
+
+
+def costing(process: multiprocessing.Process, way: Callable[[], float]) -> tuple[float, float]:
+    """Seconds that a way takes, and seconds that the cores work for it in this process and in `process`."""
+
+    def worked() -> float:
+        times = psutil.Process(process.pid).cpu_times()
+        return time.process_time() + float(times.user + times.system)
+
+    before = worked()
+    return way(), worked() - before
 
 
 def make_order(store: SampleStore, ids: np.ndarray, key: Path) -> TrainOrder:
@@ -203,13 +213,15 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
     file_sender, file_port = start(send_files, folder / "files", files)
     grpc_sender, grpc_port = start(send_grpc, path, ids)
     service = ServiceConfig(address=f"localhost:{port}", insecure=not tls, ca=str(folder / "ca.crt") if tls else "")
-    rates = []
+    rates, work = [], []
     try:
         for i in range(repeats + 1):
+            served, served_work = costing(server, lambda: fetch(service, order, folder / "cache"))
+            plain, plain_work = costing(grpc_sender, lambda: copy_grpc(grpc_port, folder / "copied"))
             row = (
-                size / fetch(service, order, folder / "cache") / 1e6,
+                size / served / 1e6,
                 files * size / samples / copy_files(file_port, folder / "copies", files) / 1e6,
-                size / copy_grpc(grpc_port, folder / "copied") / 1e6,
+                size / plain / 1e6,
                 size / copy(stream_port, folder / "copy", size) / 1e6,
             )
             shutil.rmtree(folder / "cache")
@@ -218,6 +230,7 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
             (folder / "copy").unlink()
             if i:  # the first of each warms up
                 rates.append(row)
+                work.append((served_work / size * 1e9, plain_work / size * 1e9))
                 print("  MB/s: service {:.0f}, files {:.0f}, grpc {:.0f}, stream {:.0f}".format(*row))
     finally:
         for process in (server, sender, file_sender, grpc_sender):
@@ -230,6 +243,8 @@ def compare(folder: Path, samples: int, repeats: int, with_tls: bool) -> None:
     print(f"service / a bare gRPC stream:  {served / plain:.2f}")
     print(f"bare gRPC stream / copying of a stream: {plain / streamed:.2f}")
     print(f"service / copying of a stream: {served / streamed:.2f} (bar: {BAR})")
+    cores = [statistics.median(column) for column in zip(*work, strict=True)]
+    print("seconds of a core for a GB, both sides: service {:.1f}, bare gRPC stream {:.1f}".format(*cores))
 
 
 if __name__ == "__main__":

@@ -97,9 +97,10 @@ class SampleStore:
             return images, None
         return images, _move(self._labels.index_select(0, rows), device)
 
-    def pixels(self, ids: Tensor | np.ndarray | None = None) -> Tensor:
-        """Images uint8 [n, C, H, W] on the CPU; all of them without `ids`."""
-        return self._images.index_select(0, self._resolve(torch.arange(len(self)) if ids is None else ids))
+    def pixels(self, ids: Tensor | np.ndarray | None = None, out: Tensor | None = None) -> Tensor:
+        """Images uint8 [n, C, H, W] on the CPU; all of them without `ids`. They are written to `out`, if given."""
+        rows = self._resolve(torch.arange(len(self)) if ids is None else ids)
+        return torch.index_select(self._images, 0, rows, out=out)
 
     def unit(self, ids: Tensor | np.ndarray | None = None) -> Tensor:
         """Images float32 [n, C, H, W] in [0, 1] on the CPU, as the audits take them; all of them without `ids`."""

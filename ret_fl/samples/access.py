@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from ret_fl.protocol import TrainOrder
 from ret_fl.samples.cache import SEGMENT_BYTES, Segment, SegmentCache
 from ret_fl.samples.client import SampleClient
 from ret_fl.samples.grants import Grant
-from ret_fl.samples.records import Description, Hashes, Records
+from ret_fl.samples.records import Description, Hashes
 
 
 class SampleAccess(Protocol):
@@ -78,33 +80,40 @@ class ServedAccess:
         hashes = order.hashes[first]
         record_bytes = known.record.itemsize
         held = self._cache.find(known, ids, hashes)
-        missing = len(ids) - sum(int(segment.sound.sum()) for segment in held)
+        missing = len(ids) - sum(len(segment.ids) for segment in held)
         segments = self._cache.make_room(held, missing, record_bytes)
-        lacks = ~np.isin(ids, np.concatenate([s.records["id"][s.sound] for s in segments] or [ids[:0]]))
+        lacks = ~np.isin(ids, np.concatenate([segment.ids for segment in segments] or [ids[:0]]))
         if lacks.any():
             segments += self._fetch(known, order, ids[lacks], hashes[lacks])
             self._cache.make_room(segments, 0, record_bytes)  # another process may have filled the room meanwhile
         return ServedSamples(known, segments)
 
     def _fetch(self, known: Description, order: TrainOrder, ids: NDArray[np.int64], hashes: Hashes) -> list[Segment]:
-        """Fetch samples into new segments; those that are full stay in the cache even if the rest never comes."""
+        """Fetch samples into new segments; what has come stays in the cache even if the rest never does.
+
+        A thread writes what is fetched, and is at most a segment behind.
+        """
         grant = Grant.of(order).to_bytes()
-        segments: list[Segment] = []
-        waiting: list[Records] = []
-
-        def store() -> None:
-            if waiting:
-                segments.append(self._cache.add(known, np.concatenate(waiting)))
-                waiting.clear()
-
-        try:
-            for records in self._client.fetch(known, grant, order.signature, ids, hashes):
-                waiting.append(records)
-                if sum(map(len, waiting)) * known.record.itemsize >= SEGMENT_BYTES:
-                    store()
-        finally:
-            store()
-        return segments
+        segments: list[Future[Segment]] = []
+        appended: deque[Future[None]] = deque()
+        writer, size = None, 0
+        with ThreadPoolExecutor(1, thread_name_prefix="sample-cache") as disk:
+            try:
+                for records in self._client.fetch(known, grant, order.signature, ids, hashes):
+                    writer = writer or self._cache.begin(known)
+                    appended.append(disk.submit(writer.append, records))
+                    while len(appended) > SEGMENT_BYTES // records.nbytes:
+                        appended.popleft().result()
+                    size += records.nbytes
+                    if size >= SEGMENT_BYTES:
+                        segments.append(disk.submit(writer.finish))
+                        writer, size = None, 0
+            finally:
+                if writer:
+                    segments.append(disk.submit(writer.finish))
+        for part in appended:
+            part.result()
+        return [segment.result() for segment in segments]
 
 
 class ServedSamples:
@@ -113,8 +122,8 @@ class ServedSamples:
     def __init__(self, known: Description, segments: list[Segment]) -> None:
         self._num_classes = known.num_classes
         self._records = [segment.records for segment in segments]
-        rows = [np.flatnonzero(segment.sound) for segment in segments]
-        ids = np.concatenate([s.records["id"][row] for s, row in zip(segments, rows, strict=True)])
+        rows = [segment.rows for segment in segments]
+        ids = np.concatenate([segment.ids for segment in segments])
         order = np.argsort(ids)
         self._ids = ids[order]
         self._segment = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[order]

@@ -1,9 +1,9 @@
 """Samples a client has fetched, on its disk, up to a size limit.
 
-A segment is a .npy file of records (records.py), written whole under another name and then renamed; it never changes
-and is only ever dropped. So two processes may share a cache: whoever has a segment open keeps its content even if the
-other drops it. Every record is hashed when an order opens it and compared with the order's hash: a damaged one is
-fetched again.
+A segment is a .npy file of records (records.py), written under another name, flushed to disk and then renamed; it
+never changes and is only ever dropped. So two processes may share a cache: whoever has a segment open keeps its content
+even if the other drops it. Every record is hashed when an order opens it and compared with the order's hash: a damaged
+one is fetched again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError
@@ -28,7 +29,7 @@ from ret_fl.samples.records import Description, Hashes, Records, hash_records
 logger = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 16 << 20
-"""What is fetched becomes a segment whenever so many bytes are there: a broken fetch loses no more than that."""
+"""What is fetched becomes a segment whenever so many bytes are there: a client that is killed loses little more."""
 _HEADER = 256  # of a .npy file, at most
 _STALE_SECONDS = 3600  # a half-written file that old belongs to a process that is gone
 _CHUNK = 4096
@@ -40,11 +41,15 @@ class CacheFullError(ConfigError):
 
 @dataclass(frozen=True)
 class Segment:
-    """Records of one file, and which of them hold samples of the order in hand, sound ones only: bool [n]."""
+    """Records of one file, and which of them are samples of the order in hand, sound ones only.
+
+    rows, ids: int64 [m], where in `records` and which.
+    """
 
     path: Path
     records: Records
-    sound: NDArray[np.bool_]
+    rows: NDArray[np.int64]
+    ids: NDArray[np.int64]
 
     @property
     def size(self) -> int:
@@ -80,11 +85,11 @@ class SegmentCache:
                 logger.warning("dropped the damaged cache file %s: %s", path.name, error)
                 path.unlink(missing_ok=True)
                 continue
-            sound = _sound(records, ids, hashes, wanted)
-            if sound.any():
+            rows = np.flatnonzero(_sound(records, ids, hashes, wanted))
+            if len(rows):
                 with suppress(FileNotFoundError):
                     os.utime(path)  # the least recently used go first
-                found.append(Segment(path, records, sound))
+                found.append(Segment(path, records, rows, records["id"][rows]))
         return found
 
     def make_room(self, segments: list[Segment], missing: int, record_bytes: int) -> list[Segment]:
@@ -94,11 +99,11 @@ class SegmentCache:
         are then missing again. Raises `CacheFullError` if the order alone exceeds the limit.
         """
         with self._locked():
-            kept = sorted(segments, key=lambda segment: float(segment.sound.mean()))
+            kept = sorted(segments, key=lambda segment: len(segment.rows) / len(segment.records))
             size = _file_bytes(missing, record_bytes) + sum(segment.size for segment in kept)
             while size > self._limit and kept:
                 sparsest = kept.pop(0)
-                missing += int(sparsest.sound.sum())
+                missing += len(sparsest.rows)
                 size = _file_bytes(missing, record_bytes) + sum(segment.size for segment in kept)
             if size > self._limit:
                 raise CacheFullError(
@@ -108,19 +113,9 @@ class SegmentCache:
             self._drop_others({segment.path for segment in kept}, self._limit - size)
         return kept
 
-    def add(self, known: Description, records: Records) -> Segment:
-        """Write records as a segment. Raises `OSError` if the disk is full."""
-        name = f"{_prefix(known.fingerprint)}-{uuid.uuid4().hex}"
-        temporary, path = self._folder / f"{name}.tmp", self._folder / f"{name}.npy"
-        try:
-            with temporary.open("wb") as file:
-                np.save(file, records, allow_pickle=False)
-            # opened before it has its name: another process may drop it as soon as it has one
-            written = _open(temporary, known.record)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return Segment(path, written, np.ones(len(records), bool))
+    def begin(self, known: Description) -> SegmentWriter:
+        """A new segment. Raises `OSError` if it cannot be written."""
+        return SegmentWriter(self._folder / f"{_prefix(known.fingerprint)}-{uuid.uuid4().hex}.npy", known.record)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -144,6 +139,53 @@ class SegmentCache:
                 return
             path.unlink(missing_ok=True)
             taken -= size
+
+
+class SegmentWriter:
+    """A segment in the making: it is `path` once it is finished, and a file of another name before.
+
+    Its methods raise `OSError` where the disk is full; nothing remains of it then.
+    """
+
+    def __init__(self, path: Path, record: np.dtype[np.void]) -> None:
+        self._path, self._temporary, self._record = path, path.with_suffix(".tmp"), record
+        self._ids: list[NDArray[np.int64]] = []
+        self._file = self._temporary.open("wb")
+        self._write_header(0)
+
+    def append(self, records: Records) -> None:
+        with self._nothing_left_of_a_failure():
+            self._file.write(records.view(np.uint8).data)
+            self._ids.append(records["id"].copy())
+
+    def finish(self) -> Segment:
+        """Flush it to disk, then name it."""
+        ids = np.concatenate(self._ids)
+        with self._nothing_left_of_a_failure():
+            with self._file:
+                self._file.seek(0)
+                self._write_header(len(ids))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            # opened before it has its name: another process may drop it as soon as it has one
+            records = _open(self._temporary, self._record)
+            self._temporary.replace(self._path)
+        return Segment(self._path, records, np.arange(len(ids)), ids)
+
+    def _write_header(self, count: int) -> None:
+        """As long for one count as for another: numpy leaves room in it for arrays that grow."""
+        told = {"descr": dtype_to_descr(self._record), "fortran_order": False, "shape": (count,)}
+        write_array_header_1_0(self._file, told)
+
+    @contextmanager
+    def _nothing_left_of_a_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # it would write what is left in its buffer
+                self._file.close()
+            raise
 
 
 def _file_bytes(samples: int, record_bytes: int) -> int:

@@ -7,14 +7,17 @@ import random
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 import numpy as np
+from grpc.experimental import ChannelOptions
 from numpy.typing import NDArray
 
 from ret_fl.config import ConfigError, ServiceConfig
 from ret_fl.samples import service_pb2 as pb
+from ret_fl.samples.batches import SERVICE, Batch, from_message
 from ret_fl.samples.limits import IDENTITY_ONLY, KEEPALIVE, MESSAGE_BYTES, stream_seconds
 from ret_fl.samples.records import Description, DescriptionError, Hashes, Records, hash_records
 from ret_fl.samples.service_pb2_grpc import SampleServiceStub
@@ -46,12 +49,18 @@ class SampleClient:
             ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.use_local_subchannel_pool", 1),
             IDENTITY_ONLY,
+            (ChannelOptions.SingleThreadedUnaryStream, 1),
         ]
         if config.insecure:
             self._channel = grpc.insecure_channel(config.address, options)
         else:
             self._channel = grpc.secure_channel(config.address, _credentials(config), options)
-        self._stub = SampleServiceStub(self._channel)
+        self._describe = SampleServiceStub(self._channel).Describe
+        self._fetch = self._channel.unary_stream(
+            f"/{SERVICE}/Fetch",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=from_message,
+        )
         self._compression = pb.ZLIB if config.compression == "zlib" else pb.NONE
 
     def close(self) -> None:
@@ -62,7 +71,7 @@ class SampleClient:
         waits = _Waits(self._config)
         while True:
             try:
-                answer = self._stub.Describe(pb.DescribeRequest(), timeout=DESCRIBE_SECONDS)
+                answer = self._describe(pb.DescribeRequest(), timeout=DESCRIBE_SECONDS)
                 break
             except grpc.RpcError as error:
                 waits.after(error)
@@ -86,9 +95,9 @@ class SampleClient:
             rest = ids[done:].astype("<u4").tobytes()
             request = pb.FetchRequest(grant=grant, signature=signature, ids=rest, compression=self._compression)
             missing = (len(ids) - done) * known.record.itemsize
-            call = self._stub.Fetch(request, timeout=stream_seconds(missing))
+            call = self._fetch(request, timeout=stream_seconds(missing))
             try:
-                for batch in call:
+                for batch in _ahead(call):
                     records = self._unpacked(batch, known.record, len(ids) - done)
                     self._check(records, hashes[done : done + len(records)])
                     done += len(records)
@@ -109,7 +118,7 @@ class SampleClient:
                 "the same data settings"
             )
 
-    def _unpacked(self, batch: pb.Batch, record: np.dtype[np.void], room: int) -> Records:
+    def _unpacked(self, batch: Batch, record: np.dtype[np.void], room: int) -> Records:
         """The records of a batch, at most `room`; a compressed one is inflated no further than that."""
         data, limit = batch.records, min(MESSAGE_BYTES, room * record.itemsize)
         if batch.compression == pb.ZLIB:
@@ -122,6 +131,18 @@ class SampleClient:
         if not data or len(data) % record.itemsize or len(data) > limit:
             raise SampleServiceError(f"{self._config.address} sends no whole samples: do both run the same ret-fl?")
         return np.frombuffer(data, record)
+
+
+def _ahead(call: grpc.Call) -> Iterator[Batch]:
+    """What a stream brings; the next batch is received while the last one is hashed."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sample-stream") as receiving:
+        try:
+            coming = receiving.submit(next, call, None)
+            while (batch := coming.result()) is not None:
+                coming = receiving.submit(next, call, None)
+                yield batch
+        finally:
+            call.cancel()
 
 
 class _Waits:

@@ -122,9 +122,9 @@ class Verifier:
             raise GrantError(
                 "the grant has expired: raise round-timeout, or set the clocks of server and service right"
             )
-        outside = np.setdiff1d(ids, grant.ids)
-        if len(outside):
-            raise GrantError(f"{len(outside)} of {len(ids)} samples are not in the grant")
+        outside = np.count_nonzero(~np.isin(ids, grant.ids))
+        if outside:
+            raise GrantError(f"{outside} of {len(ids)} samples are not in the grant")
         return grant
 
 

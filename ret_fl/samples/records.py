@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ret_fl.data.images import Kind
@@ -73,12 +74,17 @@ class Description:
         return np.dtype([("id", "<i8"), ("label", "<i8"), ("pixels", "u1", self.image_shape)])
 
 
-def make_records(store: SampleStore, ids: NDArray[np.int64], record: np.dtype[np.void]) -> Records:
-    """Records [n] of the samples `ids`, in that order; `record` is the store's `Description.record`."""
-    records = np.empty(len(ids), record)
+def make_records(
+    store: SampleStore, ids: NDArray[np.int64], record: np.dtype[np.void], out: Records | None = None
+) -> Records:
+    """Records [n] of the samples `ids`, in that order; `record` is the store's `Description.record`.
+
+    out: records of at least that number, whose memory is used.
+    """
+    records = np.empty(len(ids), record) if out is None else out[: len(ids)]
     records["id"] = ids
     records["label"] = NO_CLASS if store.labels is None else store.labels.numpy()[ids]
-    records["pixels"] = store.pixels(ids).numpy()
+    store.pixels(ids, out=torch.from_numpy(records["pixels"]))
     return records
 
 

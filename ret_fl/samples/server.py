@@ -18,6 +18,7 @@ import numpy as np
 from ret_fl.config import ConfigError
 from ret_fl.data.store import SampleStore
 from ret_fl.samples import service_pb2 as pb
+from ret_fl.samples.batches import SERVICE, Batch, to_message
 from ret_fl.samples.grants import GrantError, Verifier
 from ret_fl.samples.limits import (
     BATCH_BYTES,
@@ -29,7 +30,6 @@ from ret_fl.samples.limits import (
     stream_seconds,
 )
 from ret_fl.samples.records import Description, make_records
-from ret_fl.samples.service_pb2_grpc import SampleServiceServicer, add_SampleServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class SampleServer:
             maximum_concurrent_rpcs=4 * (streams + 4),  # beyond what waits for a thread, gRPC itself refuses
         )
         servicer = _Servicer(store, description, verifier, streams)
-        add_SampleServiceServicer_to_server(servicer, self._server)
+        self._server.add_generic_rpc_handlers((servicer.handlers(),))
         address = f"{host}:{port}"
         try:
             if tls:
@@ -104,14 +104,24 @@ class SampleServer:
         self._server.stop(grace).wait()
 
 
-class _Servicer(SampleServiceServicer):
+class _Servicer:
     def __init__(self, store: SampleStore, description: Description, verifier: Verifier, streams: int) -> None:
         self._store, self._description, self._verifier = store, description, verifier
         self._free = threading.Semaphore(streams)
         size = description.record.itemsize
         self._batch = max(1, min(BATCH_SAMPLES, BATCH_BYTES // size))
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: N802
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Those of service_pb2_grpc.py, but for how batches become bytes."""
+        methods = {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self.describe, pb.DescribeRequest.FromString, pb.Description.SerializeToString
+            ),
+            "Fetch": grpc.unary_stream_rpc_method_handler(self.fetch, pb.FetchRequest.FromString),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:
         known = self._description
         channels, height, width = known.image_shape
         return pb.Description(
@@ -124,7 +134,7 @@ class _Servicer(SampleServiceServicer):
             kind=known.kind,
         )
 
-    def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Batch]:  # noqa: N802
+    def fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         if len(request.ids) % 4:
             _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "ids are not uint32s")
         ids = np.frombuffer(request.ids, "<u4").astype(np.int64)
@@ -150,14 +160,15 @@ class _Servicer(SampleServiceServicer):
             told = f"run {grant.run_key[:8]!r}, round {grant.round}, shard {grant.shard}: {len(ids)} samples"
             logger.info("%s, %.1f MB, %.2f s", told, size / 1e6, time.monotonic() - began)
 
-    def _batches(self, ids: np.ndarray, compression: pb.Compression) -> Iterator[pb.Batch]:
+    def _batches(self, ids: np.ndarray, compression: pb.Compression) -> Iterator[bytes]:
+        room = np.empty(min(self._batch, len(ids)), self._description.record)
         for start in range(0, len(ids), self._batch):
-            records = make_records(self._store, ids[start : start + self._batch], self._description.record)
-            data = records.tobytes()
+            records = make_records(self._store, ids[start : start + self._batch], room.dtype, room)
+            data = records.view(np.uint8).data
             if compression == pb.ZLIB:
-                yield pb.Batch(records=zlib.compress(data, 1), compression=pb.ZLIB)
+                yield to_message(Batch(zlib.compress(data, 1), pb.ZLIB))
             else:
-                yield pb.Batch(records=data)
+                yield to_message(Batch(data, pb.NONE))
 
 
 def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, why: str) -> NoReturn:
