@@ -110,8 +110,8 @@ def measure(preset: str, shards: int, base: str, folder: Path) -> str:
     """One row of the table."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     config = RunConfig.from_flat({
-        "data.limit": 200, "shards": shards, "model.preset": preset, "num-server-rounds": ROUNDS, "evaluate-every": 0,
-        "out": str(folder / "run"), "redistribution.policy": "none",
+        "data.limit": 200, "data.image-size": 64, "shards": shards, "model.preset": preset, "num-server-rounds": ROUNDS,
+        "evaluate-every": 0, "out": str(folder / "run"), "redistribution.policy": "none",
     })  # fmt: skip
     data = load_splits(config.data)
     state = build_unet(config.model, data.train.image_shape, data.train.num_classes, 0).state_dict()
