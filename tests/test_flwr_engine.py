@@ -91,7 +91,8 @@ def assert_nothing_is_left(mark: str) -> None:
 TWO_THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-print(list(ThreadPoolExecutor(2).map(lambda name: import_module(name).app is not None, ("server.app", "clients.training"))))
+names = ("server.app", "clients.training")
+print(list(ThreadPoolExecutor(2).map(lambda name: import_module(name).app is not None, names)))
 """
 
 
