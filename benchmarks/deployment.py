@@ -10,9 +10,9 @@ SuperLink and SuperNodes are those of `ret-fl deploy local` and stay up; apps ta
   ret-fl   with its defaults, a shard being one small batch of a folder of images; its clients' time of training is
            taken off
 A phase lasts from one sending of orders to the next; the first of a run is left out. Beside its seconds stand those of
-a CPU core that the ServerApp, one client, its SuperNode's worker and Flower's own processes (SuperLink, SuperNodes,
-SuperExecs) took, which hang less on what else the machine does. Memory is the most that the process of the ServerApp takes, in sizes of a
-reply.
+a CPU core that the ServerApp, one client, its SuperNode's worker (with what it trains) and Flower's own processes
+(SuperLink, SuperNodes, SuperExecs) took, which hang less on what else the machine does. Memory is the most that the
+process of the ServerApp takes, in sizes of a reply.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def until(moment: float, taken: Sequence[tuple[float, float]]) -> float:
 
 @dataclass
 class Measured:
-    """Of one kind of app, training left out: seconds of its phases, a core's seconds of server, a client, a worker and
-    Flower's own processes, bytes.
+    """Of one kind of app: seconds of its phases, a core's seconds of server, a client, a worker and Flower's own
+    processes, bytes. Training is left out, but of what a worker took.
     """
 
     phases: list[float] = field(default_factory=list)
@@ -134,7 +134,7 @@ class Measured:
         for told, taken in ((self.server, watch.server), (self.carriers, watch.carriers)):
             told += [until(b, taken) - until(a, taken) for a, b in itertools.pairwise(ends)]
         in_workers = [watch.worker_took(a, b) / NODES for a, b in itertools.pairwise(ends)]
-        self.worker += [max(0.0, cpu - training) for cpu in in_workers]
+        self.worker += in_workers
         here = 0.0 if any(in_workers) else training
         self.client += [cpu - here for cpu in list(watch.clients.values())[-orders:]]
         self.memory.append(watch.memory)
@@ -206,7 +206,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats, worker=args.worker)
+        found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats, worker=not args.no_worker)
     print(f"{NODES} SuperNodes, {size / 1e6:.0f} MB a reply: {args.preset}, raw and averaged weights")
     print(
         f"{'app':<9} {'seconds a phase':>16} {'CPU: server':>12} {'a client':>9} {'a worker':>9} {'Flower':>7} "
