@@ -201,9 +201,7 @@ def main() -> None:
     parser.add_argument("--preset", default="ddpm-cifar", help="model.preset (default: ddpm-cifar)")
     parser.add_argument("--rounds", type=int, default=5, help="of each run, three at least (default: 5)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each app, by turns (default: 2)")
-    parser.add_argument(
-        "--worker", action=argparse.BooleanOptionalAction, default=True, help="as a kit's hosts have it"
-    )
+    parser.add_argument("--no-worker", action="store_true", help="SuperNodes without the worker that a kit gives them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats, worker=not args.no_worker)
