@@ -2,6 +2,7 @@
 
     python -m benchmarks.deployment                 # the U-Net for CIFAR-10, 143 MB; three SuperNodes, TLS
     python -m benchmarks.deployment --preset base   # a smaller one
+    python -m benchmarks.deployment --no-worker     # every client process loads torch and builds the model
 
 SuperLink and SuperNodes are those of `ret-fl deploy local` and stay up; apps take turns on them:
   flower   benchmarks/noop: clients send back as many bytes as ret-fl's (raw and averaged weights), and do nothing
@@ -9,9 +10,9 @@ SuperLink and SuperNodes are those of `ret-fl deploy local` and stay up; apps ta
   ret-fl   with its defaults, a shard being one small batch of a folder of images; its clients' time of training is
            taken off
 A phase lasts from one sending of orders to the next; the first of a run is left out. Beside its seconds stand those of
-a CPU core that the ServerApp, one client and Flower's own processes (SuperLink, SuperNodes, SuperExecs) took, which
-hang less on what else the machine does. Memory is the most that the process of the ServerApp takes, in sizes of a
-reply.
+a CPU core that the ServerApp, one client, its SuperNode's worker (with what it trains) and Flower's own processes
+(SuperLink, SuperNodes, SuperExecs) took, which hang less on what else the machine does. Memory is the most that the
+process of the ServerApp takes, in sizes of a reply.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +35,7 @@ import psutil
 from PIL import Image
 
 from ret_fl.config import Scalar
-from ret_fl.deploy.local import LocalFederation, local_federation
+from ret_fl.deploy.local import LocalFederation, local_federation, workers
 from ret_fl.engines import submit
 from ret_fl.events import SENT
 from ret_fl.files import read_lines
@@ -54,7 +56,9 @@ class Watch:
     def __enter__(self) -> Watch:
         self.memory, self.server, self.clients = 0, [(0.0, 0.0)], dict[int, float]()
         self.carriers = [(0.0, 0.0)]
+        self.workers: list[tuple[float, dict[int, float]]] = []
         self.ended = {process.pid for process in self._processes() if "serverapp" in process.name()}
+        self.looked, self.found = 0.0, set[psutil.Process]()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
@@ -77,8 +81,25 @@ class Watch:
                         carriers += cpu
                 except psutil.NoSuchProcess:
                     continue
+            self.workers.append((time.time(), self._worker_cpu()))
             self.server.append((time.time(), server))
             self.carriers.append((time.time(), carriers))
+
+    def _worker_cpu(self) -> dict[int, float]:
+        """Seconds of a core by worker. They are looked for once a second, which takes time itself."""
+        if not self.looked or time.monotonic() - self.looked > 1:
+            self.found = workers(Path(self.running.federation.folder))
+            self.looked = time.monotonic()
+        taken = {}
+        for process in self.found:
+            with suppress(psutil.NoSuchProcess):
+                taken[process.pid] = sum(process.cpu_times()[:2])
+        return taken
+
+    def worker_took(self, begin: float, end: float) -> float:
+        """Seconds of a core that all workers took between two moments."""
+        moments = [min(self.workers, key=lambda told: abs(told[0] - moment))[1] for moment in (begin, end)]
+        return sum(cpu - moments[0].get(pid, 0.0) for pid, cpu in moments[1].items())
 
     def _processes(self) -> list[psutil.Process]:
         started = [psutil.Process(process.pid) for process in self.running.processes.values()]
@@ -96,13 +117,14 @@ def until(moment: float, taken: Sequence[tuple[float, float]]) -> float:
 
 @dataclass
 class Measured:
-    """Of one kind of app, training left out: seconds of its phases, a core's seconds of server, a client and Flower's
-    own processes, bytes.
+    """Of one kind of app: seconds of its phases, a core's seconds of server, a client, a worker and Flower's own
+    processes, bytes. Training is left out, but of what a worker took.
     """
 
     phases: list[float] = field(default_factory=list)
     server: list[float] = field(default_factory=list)
     client: list[float] = field(default_factory=list)
+    worker: list[float] = field(default_factory=list)
     carriers: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
 
@@ -111,7 +133,10 @@ class Measured:
         self.phases += [b - a - training for a, b in itertools.pairwise(ends)]
         for told, taken in ((self.server, watch.server), (self.carriers, watch.carriers)):
             told += [until(b, taken) - until(a, taken) for a, b in itertools.pairwise(ends)]
-        self.client += [cpu - training for cpu in list(watch.clients.values())[-orders:]]
+        in_workers = [watch.worker_took(a, b) / NODES for a, b in itertools.pairwise(ends)]
+        self.worker += in_workers
+        here = 0.0 if any(in_workers) else training
+        self.client += [cpu - here for cpu in list(watch.clients.values())[-orders:]]
         self.memory.append(watch.memory)
 
 
@@ -151,11 +176,12 @@ def ours(running: LocalFederation, out: Path, rounds: int, preset: str) -> tuple
     return [sent[round] for round in range(2, rounds + 1)], training, rows[0]["bytes_up"] // NODES
 
 
-def measure(folder: Path, preset: str, rounds: int, repeats: int) -> tuple[dict[str, Measured], int]:
+def measure(folder: Path, preset: str, rounds: int, repeats: int, *, worker: bool) -> tuple[dict[str, Measured], int]:
     """Each kind of app by turns, and the bytes of a reply."""
     found = {kind: Measured() for kind in (FLOWER, UNET, OURS)}
     size = 0
-    with local_federation(folder / "federation", NODES, folder / "flower.log", tls=True) as running:
+    log = folder / "flower.log"
+    with local_federation(folder / "federation", NODES, log, tls=True, worker=worker) as running:
         for i in range(repeats):
             for kind in (OURS, FLOWER, UNET):
                 training = 0.0
@@ -175,19 +201,22 @@ def main() -> None:
     parser.add_argument("--preset", default="ddpm-cifar", help="model.preset (default: ddpm-cifar)")
     parser.add_argument("--rounds", type=int, default=5, help="of each run, three at least (default: 5)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each app, by turns (default: 2)")
+    parser.add_argument("--no-worker", action="store_true", help="SuperNodes without the worker that a kit gives them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats)
+        found, size = measure(Path(name), args.preset, max(args.rounds, 3), args.repeats, worker=not args.no_worker)
     print(f"{NODES} SuperNodes, {size / 1e6:.0f} MB a reply: {args.preset}, raw and averaged weights")
     print(
-        f"{'app':<9} {'seconds a phase':>16} {'CPU: server':>12} {'a client':>9} {'Flower':>7} {'memory, replies':>16}"
+        f"{'app':<9} {'seconds a phase':>16} {'CPU: server':>12} {'a client':>9} {'a worker':>9} {'Flower':>7} "
+        f"{'memory, replies':>16}"
     )
     middle = {
-        kind: [statistics.median(x) for x in (told.phases, told.server, told.client, told.carriers, told.memory)]
-        for kind, told in found.items()
+        kind: [statistics.median(x) for x in (m.phases, m.server, m.client, m.worker, m.carriers, m.memory)]
+        for kind, m in found.items()
     }
-    for kind, (phase, server, client, carriers, memory) in middle.items():
-        print(f"{kind:<9} {phase:>16.1f} {server:>12.1f} {client:>9.1f} {carriers:>7.1f} {memory / size:>16.1f}")
+    for kind, (phase, server, client, worker, carriers, memory) in middle.items():
+        cpu = f"{server:>12.1f} {client:>9.1f} {worker:>9.1f} {carriers:>7.1f}"
+        print(f"{kind:<9} {phase:>16.1f} {cpu} {memory / size:>16.1f}")
     for other in (UNET, FLOWER):
         print(f"ret-fl beyond {other!r}: {middle[OURS][0] - middle[other][0]:+.1f} s a phase (bar: {BAR:g} s)")
 

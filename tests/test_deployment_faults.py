@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import RunConfig, Scalar
-from ret_fl.deploy.local import SUPERLINK, LocalFederation, local_federation
+from ret_fl.deploy.local import SUPERLINK, LocalFederation, local_federation, workers
 from ret_fl.engines import RunFailedError, submit
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
@@ -45,6 +45,13 @@ def a_client(running: LocalFederation, since: float) -> psutil.Process:
         if "clientapp" in child.name() and child.create_time() > since
     ]
     assert found, "no ClientApp process came up"
+    return max(found, key=lambda process: process.cpu_times().user)
+
+
+def a_worker(running: LocalFederation, since: float) -> psutil.Process:
+    """The one that has worked longest."""
+    found = workers(Path(running.federation.folder))
+    assert len(found) == 2, found
     return max(found, key=lambda process: process.cpu_times().user)
 
 
@@ -113,7 +120,7 @@ def assert_as_undisturbed(run: RunDir, undisturbed: RunDir) -> None:
         np.testing.assert_allclose(found.weights[name], weights, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("victim", [a_supernode, a_client])
+@pytest.mark.parametrize("victim", [a_supernode, a_client, a_worker])
 def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, victim: Victim) -> None:
     settings: dict[str, Scalar] = TINY | {
         "num-server-rounds": 3,

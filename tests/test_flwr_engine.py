@@ -91,11 +91,13 @@ def assert_nothing_is_left(mark: str) -> None:
 TWO_THREADS = """
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-print(list(ThreadPoolExecutor(2).map(lambda name: import_module(name).app is not None, ("server.app", "clients.app"))))
+names = ("server.app", "clients.training")
+print(list(ThreadPoolExecutor(2).map(lambda name: import_module(name).app is not None, names)))
 """
 
 
 def test_both_apps_load_at_once_as_the_simulation_engine_has_it() -> None:
+    """And with the ClientApp what it loads for its first order."""
     answer = subprocess.run([sys.executable, "-c", TWO_THREADS], cwd=ROOT, capture_output=True, text=True)
     assert answer.stdout == "[True, True]\n", answer.stderr
 

@@ -220,6 +220,7 @@ def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path:
         "partition-id=1",
         "num-partitions=3",
         f'state-dir="{state}"',
+        "worker=true",
         'data-path="/srv/ret-fl/data"',
         'device="cuda"',
     ]

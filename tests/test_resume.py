@@ -130,7 +130,7 @@ def test_a_process_killed_by_the_system_resumes_by_command(tiny: Tiny, tmp_path:
     settings = tmp_path / "run.toml"
     settings.write_text(to_toml(config.to_flat() | {"out": str(out), "state-dir": str(out / "proxies")}))
     die = (
-        "import os, signal, clients.app as clients\n"
+        "import os, signal, clients.training as clients\n"
         "train = clients.train_proxy\n"
         "def dying(trainer, order, *rest):\n"
         "    if (order.round, order.shard) == (3, 1): os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -10,7 +10,7 @@ from conftest import Federation, run_server
 from hypothesis import given
 from hypothesis import strategies as st
 
-import clients.app
+import clients.training
 import ret_fl.roster
 from ret_fl.config import RunConfig
 from ret_fl.ledger import ShardLedger
@@ -71,7 +71,7 @@ def test_shards_are_dealt_by_the_speed_that_nodes_measure(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speeds = iter([300.0, 100.0])
-    monkeypatch.setattr(clients.app, "images_per_second", lambda *_: next(speeds))
+    monkeypatch.setattr(clients.training, "images_per_second", lambda *_: next(speeds))
     run = run_server(tiny({"partition.sizes": "speed", "num-server-rounds": 1}), tmp_path / "run")
     assert ShardLedger.load(run.ledger).sizes().tolist() == [18, 6]
 

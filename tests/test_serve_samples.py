@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, TINY, ret_fl, run_server
 from sample_services import Authority
 
-from clients import app as clients_app
+from clients import training
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import RunConfig, Scalar, describe
 from ret_fl.samples import access
@@ -96,7 +96,7 @@ def test_a_whole_run_over_tls_gives_the_model_of_a_local_one(
             "data.cache-dir": str(tmp_path / "cache"),
         }
         monkeypatch.setattr(access, "load_splits", None)  # no client may read data of its own
-        clients_app._trainer.cache_clear()
+        training._trainer.cache_clear()
         weights = load_latest(run_server(RunConfig.from_flat(settings), tmp_path / "remote").checkpoints).weights
     assert weights.keys() == expected.keys()
     assert all(np.array_equal(weights[name], expected[name]) for name in expected)
@@ -126,4 +126,4 @@ def test_what_would_be_unsafe_or_cannot_work_is_refused(keys: Path, options: lis
 
 
 def test_every_setting_that_a_node_replaces_exists() -> None:
-    assert set(clients_app.NODE_SETTINGS.values()) <= {setting.key for setting in describe()}
+    assert set(training.NODE_SETTINGS.values()) <= {setting.key for setting in describe()}

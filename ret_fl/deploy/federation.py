@@ -40,6 +40,7 @@ name = "alpha"
 gpus = [0, 1]                     # a SuperNode for each; leave out for one SuperNode on the CPU
 data-path = "/srv/ret-fl/data"    # replaces the run's data.path on this host; leave out for built-in data
 runtime-port = 9094               # first of the loopback ports its SuperNodes take, one each
+worker = true                     # a process a SuperNode keeps the model between orders; false loads it for each
 
 [[hosts]]
 name = "beta"
@@ -104,13 +105,15 @@ class SuperLink(_Table):
 class Host(_Table):
     """A machine with one SuperNode a GPU, or one on its CPU.
 
-    SuperNode i listens on loopback port `runtime_port` + i for the client processes it starts.
+    SuperNode i listens on loopback port `runtime_port` + i for the client processes it starts. worker: whether these
+    hand their orders to a process that stays (ret_fl/worker).
     """
 
     name: Label
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     data_path: HostPath | None = None
     runtime_port: int = Field(9094, ge=1, le=65000)
+    worker: bool = True
 
     @model_validator(mode="after")
     def _own_gpus(self) -> Host:

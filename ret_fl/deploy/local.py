@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from ret_fl.deploy.federation import Federation, parse_federation
 from ret_fl.deploy.kit import Kit, write_kit
 from ret_fl.engines import (
@@ -31,9 +33,9 @@ SUPERLINK = "the SuperLink"
 Say = Callable[[str], None]
 
 
-def loopback_federation(folder: Path, supernodes: int, *, tls: bool) -> Federation:
+def loopback_federation(folder: Path, supernodes: int, *, tls: bool, worker: bool = True) -> Federation:
     """A federation of `supernodes` SuperNodes on this machine's CPU, on free ports, with its state below `folder`."""
-    hosts = [{"name": f"node{i}", "runtime-port": free_port()} for i in range(supernodes)]
+    hosts = [{"name": f"node{i}", "runtime-port": free_port(), "worker": worker} for i in range(supernodes)]
     superlink = {"host": "127.0.0.1", "bind": "127.0.0.1", "port": free_port()}
     return parse_federation(
         {"name": "loopback", "folder": str(folder), "tls": tls, "superlink": superlink, "hosts": hosts}
@@ -105,15 +107,26 @@ class LocalFederation:
                 raise RunFailedError(f"{name} ended with exit code {process.returncode}. Log: {self.log_file}")
 
 
+def workers(folder: Path) -> set[psutil.Process]:
+    """The workers of SuperNodes whose state is below `folder`; they are nobody's children."""
+    state = f"{folder}{os.sep}"
+    return {
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "ret_fl.worker" in (told := process.info["cmdline"] or []) and any(part.startswith(state) for part in told)
+    }
+
+
 @contextmanager
 def local_federation(
-    folder: Path, supernodes: int, log_file: Path, *, tls: bool, say: Say = lambda _: None
+    folder: Path, supernodes: int, log_file: Path, *, tls: bool, worker: bool = True, say: Say = lambda _: None
 ) -> Iterator[LocalFederation]:
     """A SuperLink and SuperNodes on loopback, keys registered, all joined; all ended at the end, also by a signal.
 
-    All of them log into `log_file`; `say` is told each step in words. Raises `RunFailedError` if they do not come up.
+    All of them log into `log_file`; worker: whether SuperNodes keep one between orders; `say` is told each step in
+    words. Raises `RunFailedError` if they do not come up.
     """
-    federation = loopback_federation(folder, supernodes, tls=tls)
+    federation = loopback_federation(folder, supernodes, tls=tls, worker=worker)
     names = ", ".join(node.name for node in federation.supernodes)
     with ending_on_signals() as hurry:
         if tls:
@@ -140,4 +153,5 @@ def local_federation(
                 own = children() - before
                 carriers = {process for process in own if superlink and process.pid == superlink.pid}
                 end_with_children(own - carriers, hurry)  # first, so that they can sign off
+                end_with_children(workers(folder), hurry)  # which would end by themselves, but not before this returns
                 end_with_children(carriers, hurry)
