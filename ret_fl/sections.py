@@ -345,7 +345,12 @@ class RedistributionConfig(Section):
     options: str = Field(
         "", description="Settings of plug-ins in redistribution.policy, as in 'top = 3, strength = 0.5'."
     )
-    fraction: float = Field(0.25, gt=0, le=0.5, description="Share of a shard that moves at a time (the paper's rho).")
+    fraction: float = Field(
+        0.25,
+        gt=0,
+        le=0.5,
+        description="Share that moves at a time (the paper's rho): of the smallest shard from every one, or of balance's giver.",
+    )
     period: int = Field(1, ge=1, description="Move at every n-th opportunity.")
     topology: Literal["ring", "derangement"] = Field(
         "ring", description="memorized, high-loss, random: each shard gives to the next, or to a random other one."
