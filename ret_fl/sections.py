@@ -349,7 +349,7 @@ class RedistributionConfig(Section):
         0.25,
         gt=0,
         le=0.5,
-        description="Share that moves at a time (the paper's rho): of the smallest shard from every one, or of balance's giver.",
+        description="Share that moves at a time (the paper's rho): of the smallest shard; of balance's giver.",
     )
     period: int = Field(1, ge=1, description="Move at every n-th opportunity.")
     topology: Literal["ring", "derangement"] = Field(
