@@ -256,6 +256,16 @@ def at_share(points: Sequence[Point], share: float) -> Point:
     return found
 
 
+def own_seeds(point: Point) -> set[int]:
+    """The seeds that a point has rows of."""
+    return {row.seed for row in point.rows}
+
+
+def of_seeds(points: Sequence[Point], seeds: set[int]) -> list[Point]:
+    """The points of a curve that have rows of all these seeds, of theirs alone."""
+    return [Point([r for r in p.rows if r.seed in seeds]) for p in points if seeds <= own_seeds(p)]
+
+
 def at_precision(points: Sequence[Point], precision: float) -> tuple[float, float, float] | None:
     """(share, copy rate, Frechet distance) where a curve first reaches a precision, between its points on a line."""
     before: Point | None = None

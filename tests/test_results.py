@@ -17,6 +17,7 @@ from simulations.results import (
     cr_interval,
     curve,
     early_stop_fd,
+    of_seeds,
     same_training,
 )
 
@@ -90,6 +91,13 @@ def test_equal_precision_lies_between_points_on_a_line() -> None:
 def test_a_curve_holds_only_points_of_all_seeds() -> None:
     rows = [row(seed=s, share=share) for s in (0, 1) for share in (0.5, 1.0)] + [row(share=0.25), row(share=2.0)]
     assert [(p.share, len(p.rows)) for p in curve(rows, "digits", "central")] == [(0.5, 2), (1.0, 2), (2.0, 1)]
+
+
+def test_a_curve_of_some_seeds_has_the_points_that_all_of_them_reached() -> None:
+    rows = [row(seed=s, fd=float(s)) for s in (0, 1)] + [row(seed=1, share=1.5, fd=4.0), row(share=2.0, fd=6.0)]
+    points = curve(rows, "digits", "central")
+    assert [(p.share, p.fd) for p in of_seeds(points, {0, 1})] == [(1.0, 0.5)]
+    assert [(p.share, p.fd) for p in of_seeds(points, {0})] == [(1.0, 0.0), (2.0, 6.0)]
 
 
 def test_rows_of_a_file_with_other_defaults_keep_their_settings(tmp_path: Path) -> None:
