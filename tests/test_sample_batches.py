@@ -63,7 +63,7 @@ def test_a_cut_batch_is_none(message: bytes) -> None:
         from_message(message)
 
 
-def test_records_may_be_made_in_memory_of_their_own(tmp_path: Path) -> None:
+def test_records_may_be_made_in_memory_of_their_own() -> None:
     store = pictures(20)
     record = Description.of(store, "photo").record
     room = np.empty(8, record)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import ROOT, fresh_weights
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.serde import context_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
@@ -30,6 +31,7 @@ from ret_fl.deploy.local import workers
 from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import TrainReport
 from ret_fl.worker import frames
+from ret_fl.worker.__main__ import Worker
 from ret_fl.worker.calls import Place, WorkerError, wants_worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Linux")
@@ -96,11 +98,15 @@ OWNER = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.slee
 """A SuperExec: starts a client process and stays."""
 
 
-def order(run: int = 1, node: int = NODE, content: RecordDict | None = None, **asked: str) -> Message:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, 1, 1
+def order(
+    run: int = 1, node: int = NODE, content: RecordDict | None = None, ttl: float | None = None, **asked: str
+) -> Message:
     weights = ArrayRecord({"w": Array(np.arange(1000, dtype=np.float32))})
     content = content or RecordDict({"asked": ConfigRecord({**asked}), "weights": weights})
-    message = Message(content, node, "train")
+    with pytest.MonkeyPatch.context() as patched:  # without a task there are no messages
+        for name, value in {"_run_id": run, "_node_id": 1, "_task_id": 1}.items():
+            patched.setattr(TaskIdentity, name, value)
+        message = Message(content, node, "train", ttl=ttl)
     message.metadata.__dict__["_message_id"] = f"message-{run}"
     return message
 
@@ -264,6 +270,32 @@ def test_a_worker_of_another_run_or_code_is_replaced_and_a_stale_socket_is_no_hi
     other_code = node.send(order(run=2, what="go")).worker()
     assert len({first, second, other_run, other_code}) == 4
     until(lambda: node.workers() == {other_code})
+
+
+@pytest.mark.parametrize(("run", "reason"), [(2, "an order of another run"), (1, "an order raised ValueError")])
+def test_a_worker_ends_in_order_where_nobody_is_left_to_be_told_why(tmp_path: Path, run: int, reason: str) -> None:
+    app, address = ClientApp(), str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(address)
+        listener.listen()
+        client.connect(address)
+
+        @app.train()
+        def raising(message: Message, context: Context) -> Message:
+            client.shutdown(socket.SHUT_RD)  # what is sent to it from now on is a broken pipe
+            raise ValueError("no such luck")
+
+        frames.send_told(client, run=run)
+        frames.send_frames(client, *frames.pack_message(order()))
+        frames.send_context(client, Context(1, NODE, {}, RecordDict(), {}))
+        if run == 2:
+            client.close()
+        owner = os.pidfd_open(os.getpid())
+        try:
+            assert Worker(app, listener, tmp_path / "socket", owner, {"run": 1}, 5.0).serve() == reason
+        finally:
+            os.close(owner)
+    assert not (tmp_path / "socket").exists()
 
 
 def test_each_supernode_has_a_worker_of_its_own_with_its_environment(node: Node) -> None:
