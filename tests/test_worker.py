@@ -29,7 +29,7 @@ from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.deploy.local import workers
 from ret_fl.packing import pack_state, unpack_state
-from ret_fl.protocol import TrainReport
+from ret_fl.protocol import Hello, TrainReport
 from ret_fl.worker import frames
 from ret_fl.worker.__main__ import Worker
 from ret_fl.worker.calls import Place, WorkerError, wants_worker
@@ -79,13 +79,19 @@ import sys
 from pathlib import Path
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context, Message
-from ret_fl.worker.calls import carried_out
+from ret_fl.worker import calls
 
+calls.QUERY_SECONDS = 0.5
 folder, name = Path(sys.argv[1]), sys.argv[2]
 message = message_from_proto(Message.FromString((folder / f"{name}.message").read_bytes()))
 context = context_from_proto(Context.FromString((folder / f"{name}.context").read_bytes()))
 try:
-    reply = carried_out(message, context, sys.argv[3])
+    if sys.argv[3] == "clients.app":
+        from clients.app import app
+        reply = app(message, context)
+        sys.modules.pop("torch")
+    else:
+        reply = calls.carried_out(message, context, sys.argv[3])
 except Exception as error:
     sys.exit(str(type(error)) + ":<'" + str(error) + "'>" + "".join(getattr(error, "__notes__", [])))
 assert "torch" not in sys.modules
@@ -99,14 +105,19 @@ OWNER = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.slee
 
 
 def order(
-    run: int = 1, node: int = NODE, content: RecordDict | None = None, ttl: float | None = None, **asked: str
+    run: int = 1,
+    node: int = NODE,
+    content: RecordDict | None = None,
+    ttl: float | None = None,
+    kind: str = "train",
+    **asked: str,
 ) -> Message:
     weights = ArrayRecord({"w": Array(np.arange(1000, dtype=np.float32))})
     content = content or RecordDict({"asked": ConfigRecord({**asked}), "weights": weights})
     with pytest.MonkeyPatch.context() as patched:  # without a task there are no messages
         for name, value in {"_run_id": run, "_node_id": 1, "_task_id": 1}.items():
             patched.setattr(TaskIdentity, name, value)
-        message = Message(content, node, "train", ttl=ttl)
+        message = Message(content, node, kind, ttl=ttl)
     message.metadata.__dict__["_message_id"] = f"message-{run}"
     return message
 
@@ -248,6 +259,31 @@ def test_a_client_process_killed_in_an_order_takes_its_worker_along(node: Node) 
     client.process.kill()
     assert waiting.worker() != worker
     assert node.workers() == {waiting.worker()}
+
+
+def test_a_query_is_answered_while_an_order_is_in_the_worker(node: Node, tiny: Tiny, tmp_path: Path) -> None:
+    busy = node.send(order(what="wait", until=str(tmp_path / "go on")))
+    busy.await_word("begun wait")
+    asked = order(content=Hello.request(tiny()), kind="query")
+    query = node.send(asked, app="clients.app", **{"partition-id": 3.0})
+    assert Hello.unpack(query.reply().content).partition == 3
+    assert "the worker did not take a query up" in query.log
+    assert busy.process.poll() is None
+    (tmp_path / "go on").touch()
+    busy.reply()
+
+
+def test_an_order_that_hangs_is_given_up_when_its_time_to_live_is_over_and_its_worker_ends(node: Node) -> None:
+    node.send(order(what="go")).reply()
+    hanging = node.send(order(what="wait", until="/never", ttl=15.0))
+    hanging.await_word("begun wait")
+    (worker,) = node.workers()
+    behind = node.send(order(what="go", ttl=1.0))
+    assert "WorkerError" in behind.failure() and "did not take the order up: 1 s (round-timeout)" in behind.log
+    said = hanging.failure()
+    assert "WorkerError" in said and f"the worker (process {worker}) was given up: 15 s (round-timeout) after" in said
+    gone(node)
+    assert node.send(order(what="go")).worker() != worker
 
 
 def test_a_worker_killed_in_an_order_is_an_error_that_says_so(node: Node) -> None:

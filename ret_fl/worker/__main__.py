@@ -163,7 +163,7 @@ def main() -> None:
         sys.exit("the SuperNode that this was started for ended")
     listener = socket.socket(fileno=about["listener"])
     with ending_when_gone((owner, select.POLLIN)):
-        app = load_app(about["app"])
+        app = load_app(about["app"], only=True)
     for descriptor in (1, 2):  # from here on into the SuperNode's log, as client processes do
         os.dup2(about["log"], descriptor)
     os.close(about["log"])
