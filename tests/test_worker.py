@@ -75,7 +75,7 @@ def do(message, context):
 """
 
 CLIENT = """
-import sys
+import sys, time
 from pathlib import Path
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context, Message
@@ -84,6 +84,7 @@ from ret_fl.worker import calls
 calls.QUERY_SECONDS = 0.5
 folder, name = Path(sys.argv[1]), sys.argv[2]
 message = message_from_proto(Message.FromString((folder / f"{name}.message").read_bytes()))
+message.metadata.__dict__["_created_at"] = time.time()  # however long this process took to begin
 context = context_from_proto(Context.FromString((folder / f"{name}.context").read_bytes()))
 try:
     if sys.argv[3] == "clients.app":

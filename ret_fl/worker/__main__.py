@@ -30,7 +30,7 @@ from ret_fl.worker import frames
 from ret_fl.worker.calls import began, load_app
 
 TRANSFER_SECONDS = 60.0
-"""How long a client process may keep a transfer waiting."""
+"""How long a client process may take to receive one frame, or let one wait that it sends."""
 
 
 @contextmanager
