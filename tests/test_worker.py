@@ -275,9 +275,10 @@ def test_a_query_is_answered_while_an_order_is_in_the_worker(node: Node, tiny: T
 
 
 def test_an_order_that_hangs_is_given_up_when_its_time_to_live_is_over_and_its_worker_ends(node: Node) -> None:
-    node.send(order(what="go")).reply()
+    first = node.send(order(what="go"))  # whose log is the worker's
+    first.reply()
     hanging = node.send(order(what="wait", until="/never", ttl=15.0))
-    hanging.await_word("begun wait")
+    first.await_word("begun wait")
     (worker,) = node.workers()
     behind = node.send(order(what="go", ttl=1.0))
     assert "WorkerError" in behind.failure() and "did not take the order up: 1 s (round-timeout)" in behind.log
