@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -27,16 +28,23 @@ from ret_fl.status import superlink_status
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
-Victim = Callable[[LocalFederation, float], psutil.Process]
+Victim = Callable[[LocalFederation, float, int], psutil.Process]
+"""Of the processes begun after a moment, or all; a node that trains."""
 
 
-def a_supernode(running: LocalFederation, since: float) -> psutil.Process:
+def a_supernode(running: LocalFederation, since: float, node: int) -> psutil.Process:
     name = next(n for n in running.processes if n.startswith("SuperNode"))
     return psutil.Process(running.processes.pop(name).pid)
 
 
-def a_client(running: LocalFederation, since: float) -> psutil.Process:
-    """The process, begun after `since`, in which a SuperNode's ClientApp has worked longest."""
+def workers_with(running: LocalFederation, **identity: int) -> set[psutil.Process]:
+    """The workers that have this in common with the orders they carry out."""
+    told = {w: json.loads(w.cmdline()[-1])["identity"] for w in workers(Path(running.federation.folder))}
+    return {worker for worker, about in told.items() if identity.items() <= about.items()}
+
+
+def a_client(running: LocalFederation, since: float, node: int) -> psutil.Process:
+    """The client process, begun after `since`, whose worker trains; without workers, that which has worked longest."""
     found = [
         child
         for name, process in running.processes.items()
@@ -44,32 +52,38 @@ def a_client(running: LocalFederation, since: float) -> psutil.Process:
         for child in psutil.Process(process.pid).children(recursive=True)
         if "clientapp" in child.name() and child.create_time() > since
     ]
+    owners = {parent for child in found if workers_with(running, owner=(parent := child.ppid()), node=node)}
+    found = [child for child in found if not owners or child.ppid() in owners]
     assert found, "no ClientApp process came up"
     return max(found, key=lambda process: process.cpu_times().user)
 
 
-def a_worker(running: LocalFederation, since: float) -> psutil.Process:
+def a_worker(running: LocalFederation, since: float, node: int) -> psutil.Process:
     """The one that has worked longest."""
     found = workers(Path(running.federation.folder))
     assert len(found) == 2, found
     return max(found, key=lambda process: process.cpu_times().user)
 
 
-def kill_after_round(running: LocalFederation, run: RunDir, round: int, victim: Victim, killed: list[int]) -> None:
+def kill_after_round(
+    running: LocalFederation, run: RunDir, round: int, victim: Victim, killed: list[psutil.Process]
+) -> None:
+    """Kill once the next round trains; `killed` gets the victim and, of a client process, the worker that goes too."""
     while len(run.rows()) < round:
         time.sleep(0.1)
     since = time.time()
     # a client says so when it begins to train; one killed while it starts is started again by Flower
-    training = re.compile(rf"order begun: .*\bround={round + 1}\b")
-    while not training.search((run.path / "flower.log").read_text(errors="replace")):
+    training = re.compile(rf"order begun: .*\bround={round + 1}\b.*\bnode=(\d+)")
+    while not (begun := training.search((run.path / "flower.log").read_text(errors="replace"))):
         time.sleep(0.1)
-    found = victim(running, since)
+    found = victim(running, since, int(begun[1]))
+    with_it = workers_with(running, owner=found.ppid()) if victim is a_client else set()
     for process in [*found.children(recursive=True), found]:
         process.send_signal(signal.SIGKILL)
-    killed.append(found.pid)
+    killed += [found, *with_it]
 
 
-def the_server_app(running: LocalFederation, since: float) -> psutil.Process:
+def the_server_app(running: LocalFederation, since: float, node: int) -> psutil.Process:
     """Flower's process for it; others that it started have the same command line and little work."""
     family = psutil.Process(running.processes[SUPERLINK].pid).children(recursive=True)
     found = [process for process in family if "serverapp" in process.name()]
@@ -77,7 +91,7 @@ def the_server_app(running: LocalFederation, since: float) -> psutil.Process:
     return max(found, key=lambda process: process.cpu_times().user)
 
 
-def the_superlink(running: LocalFederation, since: float) -> psutil.Process:
+def the_superlink(running: LocalFederation, since: float, node: int) -> psutil.Process:
     return psutil.Process(running.processes[SUPERLINK].pid)
 
 
@@ -87,7 +101,7 @@ def test_a_run_whose_server_is_killed_goes_on_where_it_was(
 ) -> None:
     settings: dict[str, Scalar] = TINY | {"num-server-rounds": 3, "local-epochs": 200, "wait-seconds": 240}
     run, config = new_run(settings, tmp_path / "run")
-    killed: list[int] = []
+    killed: list[psutil.Process] = []
     with local_federation(tmp_path / "federation", 2, run.path / "flower.log", tls=False) as running:
         killer = threading.Thread(target=kill_after_round, args=(running, run, 1, victim, killed), daemon=True)
         killer.start()
@@ -120,8 +134,10 @@ def assert_as_undisturbed(run: RunDir, undisturbed: RunDir) -> None:
         np.testing.assert_allclose(found.weights[name], weights, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("victim", [a_supernode, a_client, a_worker])
-def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, victim: Victim) -> None:
+@pytest.mark.parametrize(
+    ("victim", "worker"), [(a_supernode, True), (a_client, True), (a_client, False), (a_worker, True)]
+)
+def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, victim: Victim, worker: bool) -> None:
     settings: dict[str, Scalar] = TINY | {
         "num-server-rounds": 3,
         "local-epochs": 400,
@@ -130,13 +146,15 @@ def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, vict
         "optimizer.carry-moments": False,
     }
     run, config = new_run(settings, tmp_path / "run")
-    killed: list[int] = []
-    with local_federation(tmp_path / "federation", 2, run.path / "flower.log", tls=False) as running:
+    killed: list[psutil.Process] = []
+    log = run.path / "flower.log"
+    with local_federation(tmp_path / "federation", 2, log, tls=False, worker=worker) as running:
         killer = threading.Thread(target=kill_after_round, args=(running, run, 1, victim, killed), daemon=True)
         killer.start()
         submit(ROOT, run, config, dict(os.environ) | dict(running.environment))
         killer.join(timeout=5)
-    assert killed, "nothing was killed"
+        assert not set(killed) & workers(Path(running.federation.folder))
+    assert len(killed) == 1 + (worker and victim is a_client), killed
     rows = run.rows()
     assert [row["round"] for row in rows] == [1, 2, 3]
     assert not any(row["failures"] for row in rows)

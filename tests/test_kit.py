@@ -312,6 +312,7 @@ def test_compose_gives_each_supernode_its_gpu_and_restarts_it(kit: Kit) -> None:
         assert device["device_ids"] == [gpu]
         assert service["environment"]["CUDA_VISIBLE_DEVICES"] == "0"
         assert service["restart"] == "always"
+        assert service["init"] is True  # a worker's parent ends
         assert service["command"][-1] == name
 
 
@@ -336,6 +337,7 @@ def test_on_kubernetes_each_supernode_asks_for_one_gpu_and_mounts_its_own_secret
     for name in NODES:
         (container,) = pods[name]["containers"]
         assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
+        assert pods[name]["shareProcessNamespace"] is True  # a worker's parent ends
         assert {"name": "SUPERLINK", "value": "superlink:8000"} in container["env"]
         volumes = {volume["name"]: volume for volume in pods[name]["volumes"]}
         assert volumes["kit"]["secret"]["secretName"] == name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sample_services import Serving, pictures
 from ret_fl.samples import service_pb2 as pb
 from ret_fl.samples.batches import Batch, from_message, to_message
 from ret_fl.samples.cache import SegmentCache
+from ret_fl.samples.client import SampleServiceError
 from ret_fl.samples.records import Description, make_records
 
 SIZES = st.one_of(st.integers(0, 300), st.sampled_from([16_383, 16_384, 2_097_151, 2_097_152]))
@@ -63,7 +65,7 @@ def test_a_cut_batch_is_none(message: bytes) -> None:
         from_message(message)
 
 
-def test_records_may_be_made_in_memory_of_their_own(tmp_path: Path) -> None:
+def test_records_may_be_made_in_memory_of_their_own() -> None:
     store = pictures(20)
     record = Description.of(store, "photo").record
     room = np.empty(8, record)
@@ -105,3 +107,27 @@ def test_nothing_remains_of_what_does_not_fit_on_the_disk_and_the_fetch_says_so(
         assert [path.name for path in (tmp_path / "cache" / "samples").iterdir()] == ["lock"]
         access.samples(order)
     assert len(serving.cached_files()) == 1
+
+
+def test_a_disk_that_is_full_is_told_of_where_the_fetch_fails_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving = Serving(tmp_path, pictures(600, (3, 32, 32)))
+    order = serving.order(np.arange(600))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving.running():
+        access = serving.access()
+        fetched = access._client.fetch
+
+        def broken(*arguments: object) -> Iterator[np.ndarray]:
+            yield from fetched(*arguments)  # type: ignore[arg-type]
+            raise SampleServiceError("away")
+
+        access._client.fetch = broken  # type: ignore[method-assign]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+        try:
+            with pytest.raises(SampleServiceError, match="away"):
+                access.samples(order)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be kept: [Errno 27] File too large" in caplog.text

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import ROOT, fresh_weights
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.common.serde import context_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
@@ -28,8 +29,9 @@ from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.deploy.local import workers
 from ret_fl.packing import pack_state, unpack_state
-from ret_fl.protocol import TrainReport
+from ret_fl.protocol import Hello, TrainReport
 from ret_fl.worker import frames
+from ret_fl.worker.__main__ import Worker
 from ret_fl.worker.calls import Place, WorkerError, wants_worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Linux")
@@ -73,17 +75,24 @@ def do(message, context):
 """
 
 CLIENT = """
-import sys
+import sys, time
 from pathlib import Path
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Context, Message
-from ret_fl.worker.calls import carried_out
+from ret_fl.worker import calls
 
+calls.QUERY_SECONDS = 0.5
 folder, name = Path(sys.argv[1]), sys.argv[2]
 message = message_from_proto(Message.FromString((folder / f"{name}.message").read_bytes()))
+message.metadata.__dict__["_created_at"] = time.time()  # however long this process took to begin
 context = context_from_proto(Context.FromString((folder / f"{name}.context").read_bytes()))
 try:
-    reply = carried_out(message, context, sys.argv[3])
+    if sys.argv[3] == "clients.app":
+        from clients.app import app
+        reply = app(message, context)
+        sys.modules.pop("torch")
+    else:
+        reply = calls.carried_out(message, context, sys.argv[3])
 except Exception as error:
     sys.exit(str(type(error)) + ":<'" + str(error) + "'>" + "".join(getattr(error, "__notes__", [])))
 assert "torch" not in sys.modules
@@ -96,11 +105,20 @@ OWNER = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.slee
 """A SuperExec: starts a client process and stays."""
 
 
-def order(run: int = 1, node: int = NODE, content: RecordDict | None = None, **asked: str) -> Message:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run, 1, 1
+def order(
+    run: int = 1,
+    node: int = NODE,
+    content: RecordDict | None = None,
+    ttl: float | None = None,
+    kind: str = "train",
+    **asked: str,
+) -> Message:
     weights = ArrayRecord({"w": Array(np.arange(1000, dtype=np.float32))})
     content = content or RecordDict({"asked": ConfigRecord({**asked}), "weights": weights})
-    message = Message(content, node, "train")
+    with pytest.MonkeyPatch.context() as patched:  # without a task there are no messages
+        for name, value in {"_run_id": run, "_node_id": 1, "_task_id": 1}.items():
+            patched.setattr(TaskIdentity, name, value)
+        message = Message(content, node, kind, ttl=ttl)
     message.metadata.__dict__["_message_id"] = f"message-{run}"
     return message
 
@@ -244,6 +262,32 @@ def test_a_client_process_killed_in_an_order_takes_its_worker_along(node: Node) 
     assert node.workers() == {waiting.worker()}
 
 
+def test_a_query_is_answered_while_an_order_is_in_the_worker(node: Node, tiny: Tiny, tmp_path: Path) -> None:
+    busy = node.send(order(what="wait", until=str(tmp_path / "go on")))
+    busy.await_word("begun wait")
+    asked = order(content=Hello.request(tiny()), kind="query")
+    query = node.send(asked, app="clients.app", **{"partition-id": 3.0})
+    assert Hello.unpack(query.reply().content).partition == 3
+    assert "the worker did not take a query up" in query.log
+    assert busy.process.poll() is None
+    (tmp_path / "go on").touch()
+    busy.reply()
+
+
+def test_an_order_that_hangs_is_given_up_when_its_time_to_live_is_over_and_its_worker_ends(node: Node) -> None:
+    first = node.send(order(what="go"))  # whose log is the worker's
+    first.reply()
+    hanging = node.send(order(what="wait", until="/never", ttl=15.0))
+    first.await_word("begun wait")
+    (worker,) = node.workers()
+    behind = node.send(order(what="go", ttl=1.0))
+    assert "WorkerError" in behind.failure() and "did not take the order up: 1 s (round-timeout)" in behind.log
+    said = hanging.failure()
+    assert "WorkerError" in said and f"the worker (process {worker}) was given up: 15 s (round-timeout) after" in said
+    gone(node)
+    assert node.send(order(what="go")).worker() != worker
+
+
 def test_a_worker_killed_in_an_order_is_an_error_that_says_so(node: Node) -> None:
     client = node.send(order(what="wait", until="/never"))
     client.await_word("begun wait")
@@ -264,6 +308,32 @@ def test_a_worker_of_another_run_or_code_is_replaced_and_a_stale_socket_is_no_hi
     other_code = node.send(order(run=2, what="go")).worker()
     assert len({first, second, other_run, other_code}) == 4
     until(lambda: node.workers() == {other_code})
+
+
+@pytest.mark.parametrize(("run", "reason"), [(2, "an order of another run"), (1, "an order raised ValueError")])
+def test_a_worker_ends_in_order_where_nobody_is_left_to_be_told_why(tmp_path: Path, run: int, reason: str) -> None:
+    app, address = ClientApp(), str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(address)
+        listener.listen()
+        client.connect(address)
+
+        @app.train()
+        def raising(message: Message, context: Context) -> Message:
+            client.shutdown(socket.SHUT_RD)  # what is sent to it from now on is a broken pipe
+            raise ValueError("no such luck")
+
+        frames.send_told(client, run=run)
+        frames.send_frames(client, *frames.pack_message(order()))
+        frames.send_context(client, Context(1, NODE, {}, RecordDict(), {}))
+        if run == 2:
+            client.close()
+        owner = os.pidfd_open(os.getpid())
+        try:
+            assert Worker(app, listener, tmp_path / "socket", owner, {"run": 1}, 5.0).serve() == reason
+        finally:
+            os.close(owner)
+    assert not (tmp_path / "socket").exists()
 
 
 def test_each_supernode_has_a_worker_of_its_own_with_its_environment(node: Node) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from ret_fl.samples.cache import SEGMENT_BYTES, Segment, SegmentCache
 from ret_fl.samples.client import SampleClient
 from ret_fl.samples.grants import Grant
 from ret_fl.samples.records import Description, Hashes
+
+logger = logging.getLogger(__name__)
 
 
 class SampleAccess(Protocol):
@@ -108,12 +111,20 @@ class ServedAccess:
                     if size >= SEGMENT_BYTES:
                         segments.append(disk.submit(writer.finish))
                         writer, size = None, 0
-            finally:
-                if writer:
-                    segments.append(disk.submit(writer.finish))
+            except BaseException:  # of which the caller hears, and not of a disk that fails as well
+                _log_failures([*appended, *segments, *([disk.submit(writer.finish)] if writer else [])])
+                raise
+            if writer:
+                segments.append(disk.submit(writer.finish))
         for part in appended:
             part.result()
         return [segment.result() for segment in segments]
+
+
+def _log_failures(writes: list[Future[Any]]) -> None:
+    for write in writes:
+        if error := write.exception():
+            logger.warning("samples that had come before the fetch failed could not be kept: %s", error)
 
 
 class ServedSamples:

@@ -30,7 +30,7 @@ from ret_fl.worker import frames
 from ret_fl.worker.calls import began, load_app
 
 TRANSFER_SECONDS = 60.0
-"""How long a client process may keep a transfer waiting."""
+"""How long a client process may take to receive one frame, or let one wait that it sends."""
 
 
 @contextmanager
@@ -109,6 +109,15 @@ class Worker:
             self.socket_file.unlink(missing_ok=True)
             self.listener.close()
 
+    def _parted(self, connection: socket.socket, reason: str, **told: Any) -> str:
+        """Leave, and say why to the client process if it is still there; returns the reason."""
+        self._leave()
+        try:
+            frames.send_told(connection, **told)
+        except OSError as error:
+            log(INFO, "worker %d: a client process is gone that was to be told of %s (%s)", os.getpid(), reason, error)
+        return reason
+
     def _attend(self, connection: socket.socket) -> str:
         """One client process; returns why this process should end, '' if it should not."""
         if not frames.is_own(connection):
@@ -116,16 +125,12 @@ class Worker:
             return ""
         asked = frames.receive_told(connection)
         if other := ", ".join(key for key in self.identity if asked.get(key) != self.identity[key]):
-            self._leave()
-            frames.send_told(connection, other=other)
-            return f"an order of another {other}"
+            return self._parted(connection, f"an order of another {other}", other=other)
         frames.send_told(connection, ready=True, pid=os.getpid())
         message, context = frames.receive_message(connection), frames.receive_context(connection)
         reply = self._carry_out(connection, message, context)
         if isinstance(reply, Exception):
-            self._leave()
-            frames.send_told(connection, raised=_described(reply))
-            return f"an order raised {type(reply).__name__}"
+            return self._parted(connection, f"an order raised {type(reply).__name__}", raised=_described(reply))
         frames.send_told(connection, raised=None)
         frames.send_frames(connection, *reply)
         frames.send_context(connection, context)
@@ -158,7 +163,7 @@ def main() -> None:
         sys.exit("the SuperNode that this was started for ended")
     listener = socket.socket(fileno=about["listener"])
     with ending_when_gone((owner, select.POLLIN)):
-        app = load_app(about["app"])
+        app = load_app(about["app"], only=True)
     for descriptor in (1, 2):  # from here on into the SuperNode's log, as client processes do
         os.dup2(about["log"], descriptor)
     os.close(about["log"])

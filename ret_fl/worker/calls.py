@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from ret_fl.files import user_cache
@@ -31,29 +32,38 @@ IDLE_SECONDS = 600.0
 PROTOCOL = 1
 LOG_LINES = 8
 END_SECONDS = 10.0
+QUERY_SECONDS = 10.0
+"""How long a query waits for a worker that is busy: a resumed run asks who is there while an old order is trained."""
 
 
 class WorkerError(RuntimeError):
     """The worker cannot be had, or ended with an order in it."""
 
 
+class WorkerBusyError(WorkerError):
+    """The worker has another order in it, and what is asked for is not worth waiting."""
+
+
 class RaisedInWorker(Exception):  # noqa: N818  each has the name of what was raised
     """What an order raised in the worker; Flower tells the server the name of its class and its text."""
 
 
-def load_app(app: str) -> ClientApp:
+def load_app(app: str, *, only: bool) -> ClientApp:
     """The ClientApp at "module:name". What it loads stays to the end of this process.
 
-    So Python need not look for garbage in it: neither while it loads (a quarter of the time) nor at the end (a second
-    of a core).
+    So Python need not look for garbage in it: not while it loads (a quarter of the time); nor at the end (a second of
+    a core), which `only`, that this process is there for nothing but the app, takes for granted of all there is.
     """
     module, _, name = app.partition(":")
+    was_on = gc.isenabled()
     gc.disable()
     try:
         loaded: ClientApp = getattr(import_module(module), name)
     finally:
-        gc.enable()
-    gc.freeze()
+        if was_on:
+            gc.enable()
+    if only:
+        gc.freeze()
     return loaded
 
 
@@ -70,7 +80,9 @@ def wants_worker(context: Context) -> bool:
 def carried_out(message: Message, context: Context, app: str) -> Message:
     """The answer of `app` ("module:name", a ClientApp), loaded by this SuperNode's worker, to a message.
 
-    Raises what the order raised there, by name and text, and `WorkerError` if the worker ended first.
+    Raises what the order raised there, by name and text; `WorkerError` if the worker ended first, or has not answered
+    when the message's time to live (`round-timeout`, by the server's clock) is over, which ends a worker that has the
+    order; `WorkerBusyError` for a query that was not taken up within `QUERY_SECONDS`.
     """
     place = Place.of(context)
     identity = _identity(context, app)
@@ -78,8 +90,17 @@ def carried_out(message: Message, context: Context, app: str) -> Message:
         connection, started = place.connect(identity, app, _idle_seconds(context))
         with connection:
             try:
+                # one that this call has started is not busy: it loads
+                short = message.metadata.message_type == MessageType.QUERY and not started
+                connection.settimeout(min(QUERY_SECONDS, _seconds_left(message)) if short else _seconds_left(message))
                 frames.send_told(connection, **identity)
                 greeting = frames.receive_told(connection)
+            except TimeoutError:
+                if started:
+                    started.kill()
+                if short:
+                    raise WorkerBusyError(f"the worker did not take a query up within {QUERY_SECONDS:g} s") from None
+                raise WorkerError(f"the worker did not take the order up: {_too_late(message)}") from None
             except OSError:
                 # it ended before it took this order up, of which nothing is done: the next one may
                 if started:
@@ -93,19 +114,38 @@ def carried_out(message: Message, context: Context, app: str) -> Message:
 
 def _handed_over(connection: socket.socket, message: Message, context: Context, pid: Any) -> Message:
     try:
+        connection.settimeout(_seconds_left(message))
         frames.send_frames(connection, *frames.pack_message(message))
         frames.send_context(connection, context)
+        connection.settimeout(_seconds_left(message))
         told = frames.receive_told(connection)
         if raised := told.get("raised"):
             raise _as_raised(raised)
         reply = frames.receive_message(connection)
         context.state = frames.receive_context(connection).state
+    except TimeoutError:  # the caller closes the connection, on which the worker kills itself, whatever it hangs in
+        raise WorkerError(f"the worker (process {pid}) was given up: {_too_late(message)}") from None
     except OSError as error:
         raise WorkerError(
             f"the worker (process {pid}) ended with the order in it ({error}); its last words are in the log of this "
             "SuperNode. The next order starts another"
         ) from None
     return reply
+
+
+def _seconds_left(message: Message) -> float:
+    """Until the message's time to live is over. Raises `TimeoutError` if it is."""
+    left = message.metadata.created_at + message.metadata.ttl - time.time()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _too_late(message: Message) -> str:
+    return (
+        f"{message.metadata.ttl:g} s (round-timeout) after the server sent it, its answer would be too late. Is it "
+        "stuck, in a driver or a network disk? If not, set server's and node's clocks right, or raise round-timeout"
+    )
 
 
 def _as_raised(told: dict[str, str]) -> RaisedInWorker:

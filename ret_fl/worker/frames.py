@@ -1,7 +1,8 @@
 """What goes between a client process and its worker: frames on a Unix socket, each with its length before it.
 
 A message goes as Flower's own protobuf without the bytes of its arrays, and those after it, each a frame: they are
-sent from where they lie, and none is copied into a message of hundreds of MB.
+sent from where they lie, and none is copied into a message of hundreds of MB. Each is copied once where it is received,
+for Flower's Array takes nothing but bytes.
 """
 
 from __future__ import annotations
