@@ -161,9 +161,9 @@ def plot_skips(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_moves(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Samples moved so far, and samples in quarantine, over the rounds."""
+    """Samples moved after each round, and samples in quarantine."""
     rounds = [row["round"] for row in rows]
-    axes.step(rounds, np.cumsum([row["moved"] for row in rows]), where="post", label="samples moved, in all")
+    axes.step(rounds, [row["moved"] for row in rows], where="mid", label="samples moved after the round")
     axes.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
     axes.set(xlabel="round", ylim=(0, None))
 
