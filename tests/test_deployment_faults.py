@@ -59,10 +59,10 @@ def a_client(running: LocalFederation, since: float, node: int) -> psutil.Proces
 
 
 def a_worker(running: LocalFederation, since: float, node: int) -> psutil.Process:
-    """The one that has worked longest."""
-    found = workers(Path(running.federation.folder))
-    assert len(found) == 2, found
-    return max(found, key=lambda process: process.cpu_times().user)
+    """The worker of the node that has begun to train."""
+    assert len(workers(Path(running.federation.folder))) == 2
+    (found,) = workers_with(running, node=node)
+    return found
 
 
 def kill_after_round(
