@@ -108,7 +108,6 @@ class Peak:
 
 def measure(preset: str, shards: int, base: str, folder: Path) -> str:
     """One row of the table."""
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     config = RunConfig.from_flat({
         "data.limit": 200, "data.image-size": 64, "shards": shards, "model.preset": preset, "num-server-rounds": ROUNDS,
         "evaluate-every": 0, "out": str(folder / "run"), "redistribution.policy": "none",
@@ -144,6 +143,7 @@ def main() -> None:
     parser.add_argument("--row", nargs=2, metavar=("SHARDS", "BASE"), help="measure one row, in this process")
     options = parser.parse_args()
     if options.row:
+        logging.getLogger("flwr").setLevel(logging.ERROR)
         with tempfile.TemporaryDirectory() as folder:
             print(measure(options.preset, int(options.row[0]), options.row[1], Path(folder)))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -162,14 +161,9 @@ def test_a_half_written_event_is_left_out(tmp_path: Path) -> None:
     assert [e["event"] for e in read_lines(path)] == [SENT]
 
 
-def test_a_log_line_has_run_round_shard_and_node(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("flwr")
-    logger.addHandler(caplog.handler)
-    try:
-        Journal(run=7).note(FAILED, round=2, shard=1, node=5, why='no "space" left')
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert caplog.messages[-1] == "order failed: run=7 round=2 shard=1 node=5 why=" + json.dumps('no "space" left')
+def test_a_log_line_has_run_round_shard_and_node(flower_log: pytest.LogCaptureFixture) -> None:
+    Journal(run=7).note(FAILED, round=2, shard=1, node=5, why='no "space" left')
+    assert flower_log.messages[-1] == "order failed: run=7 round=2 shard=1 node=5 why=" + json.dumps('no "space" left')
 
 
 def test_status_of_neither_a_run_nor_a_superlink_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
