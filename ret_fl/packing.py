@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 State = dict[str, NDArray[np.float32]]
 """A model's weights: 'raw.<name>' and 'ema.<name>'."""
 
-PIECE_BYTES = (5 << 20) - 4096
-"""No array is larger, unless a single tensor is: Flower cuts arrays at 5 MiB, so that each is two entries."""
+PIECE_BYTES = 4 * (5 << 20) - 4096
+"""No array is larger, unless a single tensor is. Flower cuts arrays at 5 MiB: these are five entries, of four pieces."""
 
 
 class PackingError(ValueError):
