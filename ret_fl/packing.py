@@ -20,7 +20,7 @@ State = dict[str, NDArray[np.float32]]
 """A model's weights: 'raw.<name>' and 'ema.<name>'."""
 
 PIECE_BYTES = 4 * (5 << 20) - 4096
-"""No array is larger, unless a single tensor is. Flower cuts arrays at 5 MiB: these are five entries, of four pieces."""
+"""No array is larger, unless a single tensor is. Flower cuts arrays at 5 MiB: five entries, of four pieces."""
 
 
 class PackingError(ValueError):

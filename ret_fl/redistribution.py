@@ -243,17 +243,26 @@ def random_of_equal_number(inside: NDArray[np.bool_], visited: NDArray[np.bool_]
 def quarantined(ledger: ShardLedger, config: QuarantineConfig) -> NDArray[np.bool_]:
     """Which samples are memorized enough to be visited less: bool [N].
 
-    With `share` > 0 the lowest mean log-ratios, so many of the samples known; else those whose robust z-score,
-    (r - median) / (1.4826 MAD), is below `z`. A duplicated fifth of the data moves the median by a third of a standard
-    deviation and widens the MAD as much, so `z` means a little less then; on data like a bell curve -1.5 takes 7 %.
+    r is a sample's mean log-ratio or, beside its usual one, how far that has fallen. With `share` > 0 the lowest r,
+    so many of the samples known; else those whose robust z-score, (r - median) / (1.4826 MAD), is below `z`. A
+    duplicated fifth of the data moves the median of all by a third of a standard deviation and widens the MAD as much,
+    so `z` means a little less then (-1.5 takes 7 % of a bell curve); beside the usual, median and MAD are those of the
+    samples outside (sigma clipping).
     """
-    ratio = ledger.log_loss_ratio()
-    known = ledger.draws >= config.min_draws
+    own = config.beside == "usual"
+    ratio = ledger.log_loss_ratio() - (ledger.usual if own else 0)
+    known = (ledger.draws >= config.min_draws) & ~np.isnan(ratio)
+    inside = np.zeros(len(ledger), bool)
     if not known.any():
-        return np.zeros(len(ledger), bool)
-    values = ratio[known]
+        return inside
     if config.share > 0:
-        return known & (ratio < np.sort(values)[round(config.share * (len(values) - 1))])
-    median = np.median(values)
-    mad = 1.4826 * np.median(np.abs(values - median))
-    return known & (ratio < median + config.z * mad) if mad > 0 else np.zeros(len(ledger), bool)
+        values = np.sort(ratio[known])
+        return known & (ratio < values[round(config.share * (len(values) - 1))])
+    while True:
+        rest = ratio[known & ~inside]
+        median = np.median(rest)
+        mad = 1.4826 * np.median(np.abs(rest - median))
+        found = inside | (known & (ratio < median + config.z * mad)) if mad > 0 else inside
+        if not own or (found == inside).all():
+            return found
+        inside = found

@@ -373,6 +373,11 @@ class QuarantineConfig(Section):
         0.0, ge=0, lt=1, description="Share of all samples quarantined (lowest log-ratios); 0: those below z."
     )
     z: float = Field(-2.5, lt=0, description="With share 0: samples whose robust z-score is below this.")
+    beside: Literal["others", "usual"] = Field(
+        "others",
+        description="What a sample's mean log-ratio is low beside: 'others', those of all samples, which also takes "
+        "easy ones (of MNIST: ones); 'usual', the sample's own of the first agc.usual-share of the rounds.",
+    )
     probability: float = Field(0.25, gt=0, le=1, description="How often a quarantined sample is visited.")
     every: int = Field(1, ge=1, description="Choose anew every n rounds.")
     min_draws: int = Field(10, ge=1, description="Losses a sample needs on record before it can be quarantined.")

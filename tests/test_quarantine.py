@@ -76,6 +76,26 @@ class TestQuarantine:
             assert inside[copies].mean() > 0.98  # a fifth of copies widens the spread that they are measured by
             assert inside[~copies].mean() < 0.05
 
+    def test_beside_the_usual_copies_are_found_and_easy_samples_are_not(self) -> None:
+        for seed in range(5):
+            # a fifth are copies, whose losses have fallen by 4 standard deviations; another has always been that low
+            ledger, copies = self.planted(seed, below=0.8, share=0.2)
+            easy = np.arange(self.N) >= 0.8 * self.N
+            ledger.usual = (0.1 * rng(seed + 100).normal(size=self.N) - 0.8 * easy).astype(np.float32)
+            ledger.log_ratio_sum -= 0.8 * easy * ledger.draws
+            assert quarantined(ledger, QuarantineConfig(z=-1.0))[easy].mean() > 0.5
+            inside = quarantined(ledger, QuarantineConfig(beside="usual"))
+            assert inside[copies].mean() > 0.8
+            assert inside[~copies].mean() < 0.02
+
+    def test_beside_the_usual_nobody_is_quarantined_before_it_is_known(self) -> None:
+        ledger, copies = self.planted()
+        assert not quarantined(ledger, QuarantineConfig(beside="usual")).any()
+        ledger.usual[:] = 0
+        assert quarantined(ledger, QuarantineConfig(beside="usual"))[copies].all()
+        ledger.usual[:] = ledger.log_loss_ratio()  # nothing has changed since
+        assert not quarantined(ledger, QuarantineConfig(beside="usual")).any()
+
     def test_by_z_a_gaussian_without_copies_has_few_false_alarms(self) -> None:
         rates = [quarantined(self.planted(s, below=0.0)[0], QuarantineConfig(z=-3.0)).mean() for s in range(10)]
         assert np.mean(rates) < 0.004  # .135 % of a Gaussian lie below -3
