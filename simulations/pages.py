@@ -238,10 +238,9 @@ def _claims(rows: Sequence[Row], dataset: str, study: Study) -> list[str]:
     scores = [p.mean(lambda r: r.similarity) for p in (point, base)]
     if all(map(math.isfinite, scores)):
         real = base.mean(lambda r: r.similarity_floor)
-        over = _change(scores[0] - real, scores[1] - real)
         lines.append(
-            f"Memorization score (similarity, 95th percentile): {_change(*scores)}; what it has above the {real:.3f} "
-            f"of real images: {over}."
+            f"Memorization score (similarity, 95th percentile): {scores[0]:.3f}, the baseline's {scores[1]:.3f} "
+            f"({_change(*scores)}); real images never trained on have {real:.3f}."
         )
     lines.append(_at_equal_precision(central, own))
     return ["\n".join(lines)]
