@@ -7,25 +7,22 @@ Here an order is sent again within the phase, so that a phase is whole whenever 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from logging import WARNING
-from typing import TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.superlink.grid import http_grid
 
 from ret_fl.events import ANSWERED, FAILED, SENT
+from ret_fl.protocol import payload_bytes
+from ret_fl.pulling import Puller, ReplyTooLargeError, until_not_busy
 from ret_fl.roster import Roster
-
-T = TypeVar("T")
 
 PULL_SECONDS = 0.5
 """How often replies are asked for, and the parts of one that is still on its way."""
@@ -33,8 +30,9 @@ LOOK_SECONDS = 5.0
 """How often the dispatcher asks which nodes are alive."""
 LEAST_SECONDS = 120.0
 """No node is thought too slow before."""
-BUSY_TRIES, BUSY_SECONDS = 10, 2.0
-"""How often, and how long apart, a SuperLink that answers with an error of its own is asked again."""
+MORE_TIMES, MORE_BYTES = 4, 64 << 20
+"""A sound reply has no more bytes than so many times its order's, and so many more; it has the order's weights and
+three times as much about each sample."""
 SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
 """Errors that the same node would answer with again."""
 
@@ -102,37 +100,6 @@ class Phase:
     work: dict[int, int]
 
 
-def _busy(error: httpx.HTTPStatusError) -> bool:
-    """Whether the SuperLink failed at a request: above all "database is locked", which passes."""
-    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
-
-
-def _until_not_busy(ask: Callable[[], T]) -> T:
-    """What is answered, once it is. Raises what the last of `BUSY_TRIES` raised."""
-    for tried in range(1, BUSY_TRIES + 1):
-        try:
-            return ask()
-        except httpx.HTTPStatusError as error:
-            if not _busy(error) or tried == BUSY_TRIES:
-                raise
-            log(WARNING, "the SuperLink is busy (%s): asked again in %g s", error, BUSY_SECONDS)
-        time.sleep(BUSY_SECONDS)
-    raise AssertionError("BUSY_TRIES is at least 1")
-
-
-@contextmanager
-def _asking_often() -> Iterator[None]:
-    """Within, Flower asks for a part of a reply every `PULL_SECONDS` until it is there; else after 1, 2, 4 s, ..."""
-    usual = http_grid.pull_objects
-    http_grid.pull_objects = partial(
-        usual, initial_backoff=PULL_SECONDS, backoff_cap=PULL_SECONDS, max_tries_per_object=None
-    )
-    try:
-        yield
-    finally:
-        http_grid.pull_objects = usual
-
-
 class Dispatcher(Grid):
     """The grid a strategy's rounds run on: as Flower's, but it sees a phase through.
 
@@ -144,6 +111,7 @@ class Dispatcher(Grid):
         self.grid, self.roster = grid, roster
         self.retries, self.patience = retries, patience
         self.phase: Phase | None = None
+        self._puller = Puller(grid)
 
     def set_run(self, run: Run) -> None:
         self.grid.set_run(run)
@@ -156,13 +124,13 @@ class Dispatcher(Grid):
         return self.grid.create_message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
-        return _until_not_busy(self.grid.get_node_ids)
+        return until_not_busy(self.grid.get_node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self.grid.pull_messages(message_ids)
+        return [reply for message_id in message_ids for reply in self._pull(message_id, float("inf"))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
@@ -177,7 +145,7 @@ class Dispatcher(Grid):
         self._send(phase, errands)
         looked = time.monotonic()
         while waiting := [e for e in errands if e.open]:
-            self._receive(phase, waiting)
+            self._receive(phase, waiting, deadline)
             now = time.monotonic()
             if now >= deadline:
                 break
@@ -186,31 +154,27 @@ class Dispatcher(Grid):
                 self._look_after(phase)
             if any(e.open for e in waiting):
                 time.sleep(PULL_SECONDS)
+        self._puller.give_up(message_id for e in errands for message_id in e.asked)
         return [e.reply for e in errands if e.reply is not None]
 
     def _converse(self, messages: list[Message], deadline: float) -> list[Message]:
         """Whatever answers to these messages come in time."""
-        waiting = [i for i in _until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
+        waiting = [i for i in until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
         replies: list[Message] = []
         while True:
-            answers = self._pull(waiting)
-            replies += answers
-            answered = {reply.metadata.reply_to_message_id for reply in answers}
+            for message_id in waiting:
+                replies += self._pull(message_id, deadline)
+            answered = {reply.metadata.reply_to_message_id for reply in replies}
             waiting = [i for i in waiting if i not in answered]
             if not waiting or time.monotonic() >= deadline:
+                self._puller.give_up(waiting)
                 return replies
             time.sleep(PULL_SECONDS)
 
-    def _pull(self, message_ids: list[str]) -> list[Message]:
-        """Replies that are there; none for now where the SuperLink is busy."""
-        try:
-            with _asking_often():
-                return list(self.grid.pull_messages(message_ids))
-        except httpx.HTTPStatusError as error:
-            if not _busy(error):
-                raise
-            log(WARNING, "the SuperLink is busy (%s): asked again", error)
-            return []
+    def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> list[Message]:
+        """The reply to a message that carried `order`, if it is there. Raises `ReplyTooLargeError`."""
+        most = MORE_TIMES * payload_bytes(order or RecordDict()) + MORE_BYTES
+        return self._puller.take(message_id, most=most, ends=deadline, interval=PULL_SECONDS)
 
     def _send(self, phase: Phase, errands: list[Errand]) -> None:
         """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
@@ -218,7 +182,7 @@ class Dispatcher(Grid):
         with suppress(httpx.HTTPStatusError):
             ids = list(self.grid.push_messages([e.messages[-1] for e in errands]))
         if len(ids) < len(errands):  # too much for one request, as Flower says in its log, or the SuperLink is busy
-            ids = [_until_not_busy(partial(self._send_alone, errand)) for errand in errands]
+            ids = [until_not_busy(partial(self._send_alone, errand)) for errand in errands]
         for errand, message_id in zip(errands, ids, strict=True):
             errand.sent_at = time.monotonic()
             node = errand.nodes[-1]
@@ -243,13 +207,19 @@ class Dispatcher(Grid):
         errand.again(node)
         self._send(phase, [errand])
 
-    def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
+    def _receive(self, phase: Phase, waiting: list[Errand], deadline: float) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        for asked in whose:
+        for asked, errand in whose.items():
             # one at a time, so that no more than one reply's weights are in memory beside their mean
-            for reply in self._pull([asked]):
-                self._take(phase, whose, reply)
-                del reply  # one that was refused still has its weights
+            if errand.reply is not None:
+                continue
+            try:
+                replies = self._pull(asked, deadline, errand.first.content)
+            except ReplyTooLargeError as error:
+                self._failed(phase, errand, errand.asked.pop(asked), str(error), same_node=False)
+                continue
+            while replies:
+                self._take(phase, whose, replies.pop())
 
     def _take(self, phase: Phase, whose: dict[str, Errand], reply: Message) -> None:
         """Judge a reply: the first sound one to an errand counts, one that is not is asked of another node."""
@@ -265,6 +235,7 @@ class Dispatcher(Grid):
             self._failed(phase, errand, node, why, same_node=False)
         else:
             errand.reply, errand.answered_by = reply, node
+            self._puller.give_up(errand.asked)
             seconds = time.monotonic() - errand.sent_at
             self._note(ANSWERED, phase, errand, node, seconds=seconds)
             self.roster.answered(node, phase.work[errand.shard], seconds)

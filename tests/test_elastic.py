@@ -15,11 +15,13 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import Strategy
 
 import ret_fl.dispatch
+import ret_fl.pulling
 import ret_fl.roster
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import TrainOrder, TrainReport
+from ret_fl.pulling import ReplyTooLargeError
 from ret_fl.roster import FederationError
 from ret_fl.strategy import RedistributeEnsemble
 
@@ -159,6 +161,32 @@ def test_where_every_order_of_the_first_round_is_lost_measured_speed_tells(
     assert fed.rounds[0].partitions == {0: 1}
 
 
+def test_a_reply_larger_than_any_sound_one_is_dropped_and_asked_of_another_node(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny({"num-server-rounds": 1}))
+    push, pull, owing = fed.grid.push_messages, fed.grid.pull_messages, dict[str, int]()
+
+    def pushing(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        owing.update(
+            (i, m.metadata.dst_node_id)
+            for i, m in zip(ids, messages, strict=True)
+            if m.metadata.message_type == MessageType.TRAIN
+        )
+        return ids
+
+    def pulling(ids: Iterable[str]) -> Iterable[Message]:
+        if any(owing.get(i) == SECOND for i in ids):
+            raise ReplyTooLargeError("its reply has more than 7 bytes")
+        return pull(ids)
+
+    fed.grid.push_messages, fed.grid.pull_messages = pushing, pulling  # type: ignore[method-assign]
+    fed.run()
+    assert fed.rounds[0].resent == [{"shard": 1, "why": "its reply has more than 7 bytes"}]
+    assert not fed.rounds[0].failures
+    assert fed.rounds[0].partitions == {0: 0, 1: 0}
+
+
 def busy(url: str) -> httpx.HTTPStatusError:
     request = httpx.Request("POST", url)
     return httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500, request=request))
@@ -168,7 +196,7 @@ def test_a_superlink_that_is_busy_costs_time_only(
     tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flower answers 500 while others keep its database locked, at whatever it is asked."""
-    monkeypatch.setattr(ret_fl.dispatch, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(ret_fl.pulling, "BUSY_SECONDS", 0.01)
     fed = federate(tiny())
     asked: dict[str, int] = {}
 
@@ -194,7 +222,7 @@ def test_a_superlink_that_is_busy_costs_time_only(
 def test_a_superlink_that_stays_broken_ends_the_run(
     tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ret_fl.dispatch, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(ret_fl.pulling, "BUSY_SECONDS", 0.01)
     fed = federate(tiny())
 
     def broken(messages: Iterable[Message]) -> Iterable[str]:
