@@ -16,6 +16,7 @@ from logging import WARNING
 import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -34,7 +35,9 @@ MORE_TIMES, MORE_BYTES = 4, 64 << 20
 """A sound reply has no more bytes than so many times its order's, and so many more; it has the order's weights and
 three times as much about each sample."""
 SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
-"""Errors that the same node would answer with again."""
+"""Errors that the same node would answer with again..."""
+OF_THE_WORKER = "WorkerError"
+"""...unless the reason names this one: a worker that ended, after which the next order starts another."""
 
 
 @dataclass
@@ -42,13 +45,16 @@ class Errand:
     """One shard's order in a phase.
 
     messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: nodes
-    that owe a reply, by message ID. answered_by: the node whose reply counts.
+    that owe a reply, by message ID. unfit: nodes that would fail it again. stranded: since when there has been no node
+    to send it to (monotonic seconds), or None. answered_by: the node whose reply counts.
     """
 
     shard: int
     messages: list[Message]
     failures: list[str] = field(default_factory=list)
     asked: dict[str, int] = field(default_factory=dict)
+    unfit: set[int] = field(default_factory=set)
+    stranded: float | None = None
     sent_at: float = 0.0
     reply: Message | None = None
     answered_by: int | None = None
@@ -70,7 +76,7 @@ class Errand:
     @property
     def open(self) -> bool:
         """Whether a reply may still come."""
-        return self.reply is None and bool(self.asked)
+        return self.reply is None and (bool(self.asked) or self.stranded is not None)
 
     def again(self, node: int) -> Message:
         """The same order, for another node."""
@@ -130,7 +136,7 @@ class Dispatcher(Grid):
         return self.grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [reply for message_id in message_ids for reply in self._pull(message_id, float("inf"))]
+        return [reply for message_id in message_ids for reply in self._pull_small(message_id, float("inf"))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
@@ -163,7 +169,7 @@ class Dispatcher(Grid):
         replies: list[Message] = []
         while True:
             for message_id in waiting:
-                replies += self._pull(message_id, deadline)
+                replies += self._pull_small(message_id, deadline)
             answered = {reply.metadata.reply_to_message_id for reply in replies}
             waiting = [i for i in waiting if i not in answered]
             if not waiting or time.monotonic() >= deadline:
@@ -175,6 +181,14 @@ class Dispatcher(Grid):
         """The reply to a message that carried `order`, if it is there. Raises `ReplyTooLargeError`."""
         most = MORE_TIMES * payload_bytes(order or RecordDict()) + MORE_BYTES
         return self._puller.take(message_id, most=most, ends=deadline, interval=PULL_SECONDS)
+
+    def _pull_small(self, message_id: str, deadline: float) -> list[Message]:
+        """The reply to a message without weights; none where it is too large, which is told to the log."""
+        try:
+            return self._pull(message_id, deadline)
+        except ReplyTooLargeError as error:
+            log(WARNING, "a node does not answer properly: %s", error)
+            return []
 
     def _send(self, phase: Phase, errands: list[Errand]) -> None:
         """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
@@ -229,8 +243,9 @@ class Dispatcher(Grid):
             return
         node = errand.asked.pop(asked)
         if reply.has_error():
-            again = reply.error.code not in SURELY_THE_APPS
-            self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
+            why = str(reply.error.reason)
+            again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in why
+            self._failed(phase, errand, node, why, same_node=again)
         elif (why := phase.judge(errand.shard, reply)) is not None:
             self._failed(phase, errand, node, why, same_node=False)
         else:
@@ -242,18 +257,41 @@ class Dispatcher(Grid):
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
         self._note_failure(phase, errand, node, why)
-        if errand.asked:
-            return  # another node is at it already
-        to = self.roster.stand_in(errand.nodes, self)
-        if to is None and same_node and node in self.roster.alive(self):
-            to = node
-        if to is not None and len(errand.messages) <= self.retries:
+        if not same_node:
+            errand.unfit.add(node)
+        if errand.asked or len(errand.messages) > self.retries:
+            return  # another node is at it already, or there were enough
+        if (to := self._next(errand)) is not None:
             self._send_again(phase, errand, to)
+        elif not self.roster.alive(self):
+            log(WARNING, "round %d, shard %d: no node is there: waiting", phase.round, errand.shard)
+            errand.stranded = time.monotonic()
+
+    def _next(self, errand: Errand) -> int | None:
+        """The node to send an order to that none has in hand: one not tried yet, else one that may do better."""
+        if (to := self.roster.stand_in(errand.nodes, self)) is not None:
+            return to
+        tried = [n for n in errand.nodes if n not in errand.unfit and n in self.roster.alive(self)]
+        return tried[-1] if tried else None
+
+    def _shelter(self, phase: Phase, errand: Errand, since: float) -> None:
+        """Send an order that is stranded to a node that has come, maybe under a new ID, or give it up."""
+        self.roster.living(self)
+        wait = self.roster.config.wait_seconds
+        if (to := self._next(errand)) is not None:
+            errand.stranded = None
+            self._send_again(phase, errand, to)
+        elif time.monotonic() - since > wait:
+            errand.stranded = None
+            self._note_failure(phase, errand, errand.node, f"no node came within wait-seconds={wait:g}")
 
     def _look_after(self, phase: Phase) -> None:
         """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
         alive = set(self.roster.alive(self))
         for errand in [e for e in phase.errands.values() if e.open]:
+            if errand.stranded is not None:
+                self._shelter(phase, errand, errand.stranded)
+                continue
             node = errand.nodes[-1]
             if node not in alive:
                 why = "the node is gone"

@@ -24,6 +24,7 @@ from ret_fl.protocol import TrainOrder, TrainReport
 from ret_fl.pulling import ReplyTooLargeError
 from ret_fl.roster import FederationError
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.worker.calls import WorkerError
 
 Tiny = Callable[..., RunConfig]
 Federate = Callable[..., Federation]
@@ -310,6 +311,66 @@ def test_an_error_of_the_app_is_not_asked_for_again_of_the_same_node(tiny: Tiny,
 
     federate(tiny({"num-server-rounds": 1}), client, nodes=1).run()
     assert calls == [FIRST]
+
+
+def away(fed: Federation, rounds: tuple[int, ...], back: Callable[[int], dict[int, int]]) -> None:
+    """Every order of these rounds meets a node that Flower no longer hears from; then no node is listed, until
+    `back(looks)` names some: new IDs and those whose contexts they have."""
+    contexts, looks = dict(fed.grid.contexts), [0]
+    handle = fed.grid._handle
+
+    def handling(message: Message) -> Message:
+        if message.metadata.message_type != MessageType.TRAIN or looks[0]:
+            return handle(message)
+        if TrainOrder.unpack(message.content)[0].round not in rounds:
+            return handle(message)
+        fed.grid.contexts.clear()
+        return unavailable(message, message)
+
+    def listed() -> list[int]:
+        if not fed.grid.contexts:
+            looks[0] += 1
+            fed.grid.contexts.update({new: contexts[old] for new, old in back(looks[0]).items()})
+        return list(fed.grid.contexts)
+
+    fed.grid._handle = handling  # type: ignore[method-assign]
+    fed.grid.get_node_ids = listed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("node", [FIRST, 9], ids=["as itself", "under a new ID"])
+def test_a_round_waits_for_a_node_where_all_are_away(tiny: Tiny, federate: Federate, node: int) -> None:
+    settings = {"shards": 1, "wait-seconds": 60}
+    whole = federate(tiny(settings, {"state-dir": str(tiny().state_dir) + "-other"})).run()
+    fed = federate(tiny(settings))
+    away(fed, (2,), lambda looks: {node: FIRST} if looks > 10 else {})
+    final = fed.run()
+    assert fed.rounds[1].resent == [{"shard": 0, "why": "Node Unavailable"}]
+    assert not any(summary.failures for summary in fed.rounds)
+    assert not states_differ(final, whole)
+
+
+def test_a_round_whose_nodes_stay_away_stops_the_run_with_a_way_to_go_on(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny({"wait-seconds": 0.5, "out": "runs/mine"}))
+    away(fed, (2,), lambda looks: {})
+    with pytest.raises(FederationError, match=r"round 2: .*no node came within wait-seconds=0.5.*--resume runs/mine"):
+        fed.run()
+    assert len(fed.rounds) == 1
+
+
+def test_a_worker_that_died_is_asked_again_of_the_only_node(tiny: Tiny, federate: Federate) -> None:
+    """Its next order starts another; see ret_fl/worker."""
+    died = []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and not died:
+            died.append(context.node_id)
+            raise WorkerError("the worker (process 7) ended with the order in it")
+        return client_app(message, context)
+
+    fed = federate(tiny({"num-server-rounds": 1}), client, nodes=1)
+    fed.run()
+    assert not fed.rounds[0].failures
+    assert [again["shard"] for again in fed.rounds[0].resent] == [0]
 
 
 def test_a_late_first_reply_does_not_count_twice(tiny: Tiny, federate: Federate) -> None:
