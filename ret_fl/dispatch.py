@@ -7,6 +7,7 @@ Here an order is sent again within the phase, so that a phase is whole whenever 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,18 +42,33 @@ OF_THE_WORKER = "WorkerError"
 
 
 @dataclass
+class Asking:
+    """An order on its way.
+
+    node: that owes a reply. at: when it was sent (monotonic seconds). owed: images of all orders that the node had
+    then, this one among them. done: images of all orders of the phase that it had answered by then.
+    """
+
+    node: int
+    at: float
+    owed: int = 0
+    done: int = 0
+
+
+@dataclass
 class Errand:
     """One shard's order in a phase.
 
-    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: nodes
-    that owe a reply, by message ID. unfit: nodes that would fail it again. stranded: since when there has been no node
-    to send it to (monotonic seconds), or None. answered_by: the node whose reply counts.
+    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: what is on
+    its way, by message ID, the last sent last. unfit: nodes that would fail it again. stranded: since when there has
+    been no node to send it to (monotonic seconds), or None. sent_at: when it was last sent. answered_by: the node whose
+    reply counts.
     """
 
     shard: int
     messages: list[Message]
     failures: list[str] = field(default_factory=list)
-    asked: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, Asking] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
     stranded: float | None = None
     sent_at: float = 0.0
@@ -98,12 +114,22 @@ class Errand:
 
 @dataclass
 class Phase:
-    """The errands of a phase. judge: why a reply without error is unfit, or None; work: images to train, by shard."""
+    """The errands of a phase.
+
+    judge: why a reply without error is unfit, or None. work: images to train, by shard. done: images of the orders that
+    count as answered, by node. behind: nodes that were too late with an order.
+    """
 
     round: int
     errands: dict[int, Errand]
     judge: Callable[[int, Message], str | None]
     work: dict[int, int]
+    done: Counter[int] = field(default_factory=Counter)
+    behind: set[int] = field(default_factory=set)
+
+    def owed(self, node: int) -> int:
+        """Images of all orders that a node has not answered."""
+        return sum(self.work[e.shard] for e in self.errands.values() for a in e.asked.values() if a.node == node)
 
 
 class Dispatcher(Grid):
@@ -198,13 +224,15 @@ class Dispatcher(Grid):
         if len(ids) < len(errands):  # too much for one request, as Flower says in its log, or the SuperLink is busy
             ids = [until_not_busy(partial(self._send_alone, errand)) for errand in errands]
         for errand, message_id in zip(errands, ids, strict=True):
-            errand.sent_at = time.monotonic()
             node = errand.nodes[-1]
             if message_id is None:
                 self._failed(phase, errand, node, "Flower could not send the order", same_node=True)
             else:
-                errand.asked[message_id] = node
+                errand.sent_at = time.monotonic()
+                errand.asked[message_id] = Asking(node, errand.sent_at, done=phase.done[node])
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
+        for asking in [a for e in errands for a in e.asked.values() if not a.owed]:
+            asking.owed = phase.owed(asking.node)
 
     def _send_alone(self, errand: Errand) -> str | None:
         """Its message's ID. The message is made anew: Flower may have entered part of the other under its ID."""
@@ -230,7 +258,7 @@ class Dispatcher(Grid):
             try:
                 replies = self._pull(asked, deadline, errand.first.content)
             except ReplyTooLargeError as error:
-                self._failed(phase, errand, errand.asked.pop(asked), str(error), same_node=False)
+                self._failed(phase, errand, errand.asked.pop(asked).node, str(error), same_node=False)
                 continue
             while replies:
                 self._take(phase, whose, replies.pop())
@@ -241,19 +269,21 @@ class Dispatcher(Grid):
         errand = whose.get(asked)
         if errand is None or errand.reply is not None:
             return
-        node = errand.asked.pop(asked)
+        asking = errand.asked.pop(asked)
+        node = asking.node
         if reply.has_error():
-            why = str(reply.error.reason)
-            again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in why
-            self._failed(phase, errand, node, why, same_node=again)
+            reason = str(reply.error.reason)
+            again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in reason
+            self._failed(phase, errand, node, reason, same_node=again)
         elif (why := phase.judge(errand.shard, reply)) is not None:
             self._failed(phase, errand, node, why, same_node=False)
         else:
             errand.reply, errand.answered_by = reply, node
             self._puller.give_up(errand.asked)
-            seconds = time.monotonic() - errand.sent_at
+            seconds = time.monotonic() - asking.at
             self._note(ANSWERED, phase, errand, node, seconds=seconds)
-            self.roster.answered(node, phase.work[errand.shard], seconds)
+            phase.done[node] += phase.work[errand.shard]
+            self.roster.answered(node, phase.done[node] - asking.done, seconds)
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
         self._note_failure(phase, errand, node, why)
@@ -292,11 +322,15 @@ class Dispatcher(Grid):
             if errand.stranded is not None:
                 self._shelter(phase, errand, errand.stranded)
                 continue
-            node = errand.nodes[-1]
+            last = list(errand.asked.values())[-1]
+            node = last.node
             if node not in alive:
                 why = "the node is gone"
-            elif self._too_late(phase, errand):
+            elif self._too_late(errand, last):
                 why = "the node is far behind the usual time"
+                if node not in phase.behind:
+                    phase.behind.add(node)
+                    self.roster.fell_behind(node)
             else:
                 continue
             to = self.roster.stand_in(errand.nodes, self)
@@ -306,8 +340,8 @@ class Dispatcher(Grid):
                 self._note_failure(phase, errand, node, why)
                 self._send_again(phase, errand, to)
 
-    def _too_late(self, phase: Phase, errand: Errand) -> bool:
-        usual = self.roster.usual_seconds(errand.nodes[-1], phase.work[errand.shard])
+    def _too_late(self, errand: Errand, last: Asking) -> bool:
+        usual = self.roster.usual_seconds(last.node, last.owed)
         if usual is None:
             return False
         return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * usual)

@@ -32,6 +32,8 @@ BUSY_TRIES, BUSY_SECONDS = 10, 2.0
 """How often, and how long apart, a SuperLink that answers with an error of its own is asked again."""
 UPLOAD_SECONDS = 30.0
 """How long a reply whose parts are still on their way keeps others, and the look at the nodes, waiting."""
+ASK_SECONDS = 5.0
+"""How long a reply that may be there is waited for even where time is over."""
 REPLIES_AT_ONCE = 16
 """How many replies, at most, may have parts on their way. More than one is rare: see `UPLOAD_SECONDS`."""
 
@@ -136,7 +138,7 @@ class Puller:
         raises where the SuperLink is not just busy.
         """
         coming = self._coming.get(message_id)
-        wait = 0.0 if coming else min(UPLOAD_SECONDS, max(0.0, ends - time.monotonic()))
+        wait = 0.0 if coming else min(UPLOAD_SECONDS, max(ASK_SECONDS, ends - time.monotonic()))
         if coming is None:
             pull = _Pull(most, ends, interval)
             coming = pull, self._pool.submit(self._fetch, pull, message_id)

@@ -22,7 +22,9 @@ STAY = 1.5
 STAY_SECONDS = 30.0
 """A shard stays with its node, where its moments lie, unless another would be done so many times and seconds sooner."""
 SMOOTH = 0.5
-"""How much of its old speed a node keeps at each new measurement."""
+"""How much of its old speed, or of its slower answers, a node keeps at each new measurement."""
+MOST_RESTS = 15
+"""For how many rounds, at most, a node that was far behind again and again is left out."""
 
 
 class FederationError(RuntimeError):
@@ -35,8 +37,9 @@ class Roster:
 
     journal: where it is told. nodes: what each said of itself. gone: those that Flower no longer hears from. refused:
     nodes with other data. unwell: why a node could not introduce itself. speed: images a second of training, measured.
-    turnaround: seconds an image from order to answer, at worst. home: the node that trained a shard last, which has its
-    moments.
+    turnaround: seconds an image from order to answer, the slower ones lately. behind: how often in a row a node was far
+    behind. rests: for how many more rounds such a node is left out. home: the node that trained a shard last, which has
+    its moments.
     """
 
     config: RunConfig
@@ -47,6 +50,8 @@ class Roster:
     unwell: dict[int, str] = field(default_factory=dict)
     speed: dict[int, float] = field(default_factory=dict)
     turnaround: dict[int, float] = field(default_factory=dict)
+    behind: dict[int, int] = field(default_factory=dict)
+    rests: dict[int, int] = field(default_factory=dict)
     home: dict[int, int] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
 
@@ -123,6 +128,7 @@ class Roster:
             self.journal.note(GONE, node=node, level=WARNING)
         for node in sorted(self.gone - gone):
             self.journal.note(BACK, node=node)
+            self._is_well(node)
         self.gone = gone
         return sorted((n for n in self.nodes if n in there), key=lambda n: (self.nodes[n].partition, n))
 
@@ -148,8 +154,10 @@ class Roster:
         """Which node trains each shard: the largest first, each where it would be done soonest.
 
         images: to be trained on in each shard. A shard stays with the node it was on unless another is much faster
-        to finish; at first shard k belongs to the k-th node. Nodes of unknown speed count as fast as the others.
+        to finish; at first shard k belongs to the k-th node. Nodes of unknown speed count as fast as the others. A node
+        that was far behind gets nothing for a while: see `fell_behind`.
         """
+        nodes = self._rested(nodes)
         finish = dict.fromkeys(nodes, 0.0)
         assigned: dict[int, int] = {}
         for shard in sorted(range(len(images)), key=lambda k: (-images[k], k)):
@@ -161,6 +169,26 @@ class Roster:
             finish[node] = done[node]
             assigned[shard] = node
         return dict(sorted(assigned.items()))
+
+    def _rested(self, nodes: Sequence[int]) -> Sequence[int]:
+        """Those that need not rest this round; all, if all would."""
+        resting = {n for n in nodes if self.rests.get(n)}
+        for node in resting:
+            self.rests[node] -= 1
+        return [n for n in nodes if n not in resting] or nodes
+
+    def fell_behind(self, node: int) -> None:
+        """Take in that a node was far behind in a round: it gets no shard for 1 round, at the next time for 3, 7, ...
+
+        Whatever it hangs in, its speed does not tell, and each try costs the round what it takes to notice. What it
+        answers, or a return after it was gone, ends that.
+        """
+        self.behind[node] = self.behind.get(node, 0) + 1
+        self.rests[node] = min(2 ** self.behind[node] - 1, MOST_RESTS)
+
+    def _is_well(self, node: int) -> None:
+        self.behind.pop(node, None)
+        self.rests.pop(node, None)
 
     def speed_of(self, node: int) -> float:
         """Images a second: measured, else the mean of the others, else 1."""
@@ -175,15 +203,18 @@ class Roster:
             self.speed[node] = SMOOTH * self.speed.get(node, fresh) + (1 - SMOOTH) * fresh
 
     def answered(self, node: int, images: int, seconds: float) -> None:
-        """Take in how long after it was sent an order of so many images was answered.
+        """Take in how long after it was sent an order was answered, and the images that the node answered meanwhile.
 
-        Unlike the speed of training it counts all there is to wait for: other orders, start-up, the network, a machine
-        shared with other nodes. The slowest answer so far decides, by the image.
+        Unlike the speed of training it counts all there is to wait for: start-up, the network, a machine shared with
+        other nodes. The slowest answer decides, by the image; with each faster one half of the difference is forgotten.
         """
-        self.turnaround[node] = max(self.turnaround.get(node, 0.0), seconds / images)
+        fresh = seconds / images
+        old = self.turnaround.get(node, fresh)
+        self.turnaround[node] = max(fresh, SMOOTH * old + (1 - SMOOTH) * fresh)
+        self._is_well(node)
 
     def usual_seconds(self, node: int, images: int) -> float | None:
-        """How long after it was sent an order should be answered.
+        """How long after it was sent an order should be answered where the node has so many images to train.
 
         From a node that never answered one as long as from the slowest other, or by the speed it measured, if that is
         longer; None where neither is known.
@@ -194,8 +225,9 @@ class Roster:
         return max(guesses) * images if guesses else None
 
     def stand_in(self, tried: Collection[int], grid: Grid) -> int | None:
-        """The fastest living node not tried yet, or None."""
-        return max((n for n in self.alive(grid) if n not in tried), key=self.speed_of, default=None)
+        """The fastest living node not tried yet, one that was not far behind lately if there is any, or None."""
+        there = [n for n in self.alive(grid) if n not in tried]
+        return max(there, key=lambda n: (n not in self.behind, self.speed_of(n)), default=None)
 
     def sizes(self, shards: int, nodes: Sequence[int]) -> str:
         """Relative shard sizes, as `partition.sizes` has them, with which all nodes are done at the same time."""

@@ -133,6 +133,7 @@ def test_a_node_far_behind_its_speed_gets_a_stand_in(
     final = fed.run()
     assert [again["shard"] for again in fed.rounds[0].resent] == [1]
     assert "usual time" in str(fed.rounds[0].resent[0]["why"])
+    assert not fed.rounds[1].resent  # it gets no order in the next round
     assert not states_differ(final, undisturbed)
 
 
@@ -245,8 +246,43 @@ def test_a_node_that_was_always_slow_is_not_too_late(tiny: Tiny, federate: Feder
     assert roster.usual_seconds(FIRST, 100) == pytest.approx(10)
     roster.trained(0, FIRST, 1000, 1.0)
     roster.answered(FIRST, 1000, 500.0)
-    roster.answered(FIRST, 1000, 20.0)
     assert roster.usual_seconds(FIRST, 100) == pytest.approx(50)
+    roster.answered(FIRST, 1000, 20.0)
+    assert 2 < (roster.usual_seconds(FIRST, 100) or 0) < 50
+    roster.answered(FIRST, 1000, 100.0)
+    assert roster.usual_seconds(FIRST, 100) == pytest.approx(18)
+
+
+def test_one_slow_answer_is_forgotten_in_time(tiny: Tiny, federate: Federate) -> None:
+    roster = federate(tiny()).strategy.roster
+    roster.answered(FIRST, 1000, 3600.0)
+    for _ in range(12):
+        roster.answered(FIRST, 1000, 10.0)
+    assert roster.usual_seconds(FIRST, 1000) == pytest.approx(10, rel=0.1)
+
+
+def test_an_order_behind_others_on_its_node_has_their_time_too(
+    tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four shards on one node, which takes a quarter of a second each."""
+    fed = federate(tiny({"shards": 4, "num-server-rounds": 2, "patience": 2}), nodes=1)
+    monkeypatch.setattr(ret_fl.dispatch, "LEAST_SECONDS", 0.0)
+    push, pull, ready = fed.grid.push_messages, fed.grid.pull_messages, dict[str, float]()
+
+    def pushing(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        for i, message in zip(ids, messages, strict=True):
+            if message.metadata.message_type == MessageType.TRAIN:
+                ready[i] = max([time.monotonic(), *ready.values()]) + 0.25
+        return ids
+
+    fed.grid.push_messages = pushing  # type: ignore[method-assign]
+    fed.grid.pull_messages = lambda ids: pull([i for i in ids if time.monotonic() >= ready.get(i, 0)])  # type: ignore[method-assign]
+    fed.run()
+    assert [summary.resent for summary in fed.rounds] == [[], []]
+    images = sum(report.images for report in fed.rounds[1].reports)
+    assert fed.strategy.roster.usual_seconds(FIRST, images) == pytest.approx(1.0, rel=0.5)
 
 
 def test_orders_too_large_for_one_request_go_one_by_one(
