@@ -59,8 +59,8 @@ class Asking:
 class Errand:
     """One shard's order in a phase.
 
-    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: what is on
-    its way, by message ID, the last sent last. unfit: nodes that would fail it again. stranded: since when there has
+    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: what is
+    on its way, by message ID, the last sent last. unfit: nodes that would fail it again. stranded: since when there has
     been no node to send it to (monotonic seconds), or None. sent_at: when it was last sent. answered_by: the node whose
     reply counts.
     """
@@ -159,7 +159,8 @@ class Dispatcher(Grid):
         return until_not_busy(self.grid.get_node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self.grid.push_messages(messages)
+        messages = list(messages)
+        return until_not_busy(lambda: list(self.grid.push_messages(messages)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [reply for message_id in message_ids for reply in self._pull_small(message_id, float("inf"))]
@@ -317,6 +318,7 @@ class Dispatcher(Grid):
 
     def _look_after(self, phase: Phase) -> None:
         """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
+        self.roster.meet(self)
         alive = set(self.roster.alive(self))
         for errand in [e for e in phase.errands.values() if e.open]:
             if errand.stranded is not None:
