@@ -7,25 +7,24 @@ Here an order is sent again within the phase, so that a phase is whole whenever 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from logging import WARNING
-from typing import TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.superlink.grid import http_grid
 
 from ret_fl.events import ANSWERED, FAILED, SENT
+from ret_fl.protocol import payload_bytes
+from ret_fl.pulling import Puller, ReplyTooLargeError, until_not_busy
 from ret_fl.roster import Roster
-
-T = TypeVar("T")
 
 PULL_SECONDS = 0.5
 """How often replies are asked for, and the parts of one that is still on its way."""
@@ -33,24 +32,45 @@ LOOK_SECONDS = 5.0
 """How often the dispatcher asks which nodes are alive."""
 LEAST_SECONDS = 120.0
 """No node is thought too slow before."""
-BUSY_TRIES, BUSY_SECONDS = 10, 2.0
-"""How often, and how long apart, a SuperLink that answers with an error of its own is asked again."""
+MORE_TIMES, MORE_BYTES = 4, 64 << 20
+"""A sound reply has no more bytes than so many times its order's, and so many more; it has the order's weights and
+three times as much about each sample."""
 SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
-"""Errors that the same node would answer with again."""
+"""Errors that the same node would answer with again..."""
+OF_THE_WORKER = "WorkerError"
+"""...unless the reason names this one: a worker that ended, after which the next order starts another."""
+
+
+@dataclass
+class Asking:
+    """An order on its way.
+
+    node: that owes a reply. at: when it was sent (monotonic seconds). owed: images of all orders that the node had
+    then, this one among them. done: images of all orders of the phase that it had answered by then.
+    """
+
+    node: int
+    at: float
+    owed: int = 0
+    done: int = 0
 
 
 @dataclass
 class Errand:
     """One shard's order in a phase.
 
-    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: nodes
-    that owe a reply, by message ID. answered_by: the node whose reply counts.
+    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: what is
+    on its way, by message ID, the last sent last. unfit: nodes that would fail it again. stranded: since when there has
+    been no node to send it to (monotonic seconds), or None. sent_at: when it was last sent. answered_by: the node whose
+    reply counts.
     """
 
     shard: int
     messages: list[Message]
     failures: list[str] = field(default_factory=list)
-    asked: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, Asking] = field(default_factory=dict)
+    unfit: set[int] = field(default_factory=set)
+    stranded: float | None = None
     sent_at: float = 0.0
     reply: Message | None = None
     answered_by: int | None = None
@@ -72,7 +92,7 @@ class Errand:
     @property
     def open(self) -> bool:
         """Whether a reply may still come."""
-        return self.reply is None and bool(self.asked)
+        return self.reply is None and (bool(self.asked) or self.stranded is not None)
 
     def again(self, node: int) -> Message:
         """The same order, for another node."""
@@ -94,43 +114,22 @@ class Errand:
 
 @dataclass
 class Phase:
-    """The errands of a phase. judge: why a reply without error is unfit, or None; work: images to train, by shard."""
+    """The errands of a phase.
+
+    judge: why a reply without error is unfit, or None. work: images to train, by shard. done: images of the orders that
+    count as answered, by node. behind: nodes that were too late with an order.
+    """
 
     round: int
     errands: dict[int, Errand]
     judge: Callable[[int, Message], str | None]
     work: dict[int, int]
+    done: Counter[int] = field(default_factory=Counter)
+    behind: set[int] = field(default_factory=set)
 
-
-def _busy(error: httpx.HTTPStatusError) -> bool:
-    """Whether the SuperLink failed at a request: above all "database is locked", which passes."""
-    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
-
-
-def _until_not_busy(ask: Callable[[], T]) -> T:
-    """What is answered, once it is. Raises what the last of `BUSY_TRIES` raised."""
-    for tried in range(1, BUSY_TRIES + 1):
-        try:
-            return ask()
-        except httpx.HTTPStatusError as error:
-            if not _busy(error) or tried == BUSY_TRIES:
-                raise
-            log(WARNING, "the SuperLink is busy (%s): asked again in %g s", error, BUSY_SECONDS)
-        time.sleep(BUSY_SECONDS)
-    raise AssertionError("BUSY_TRIES is at least 1")
-
-
-@contextmanager
-def _asking_often() -> Iterator[None]:
-    """Within, Flower asks for a part of a reply every `PULL_SECONDS` until it is there; else after 1, 2, 4 s, ..."""
-    usual = http_grid.pull_objects
-    http_grid.pull_objects = partial(
-        usual, initial_backoff=PULL_SECONDS, backoff_cap=PULL_SECONDS, max_tries_per_object=None
-    )
-    try:
-        yield
-    finally:
-        http_grid.pull_objects = usual
+    def owed(self, node: int) -> int:
+        """Images of all orders that a node has not answered."""
+        return sum(self.work[e.shard] for e in self.errands.values() for a in e.asked.values() if a.node == node)
 
 
 class Dispatcher(Grid):
@@ -144,6 +143,7 @@ class Dispatcher(Grid):
         self.grid, self.roster = grid, roster
         self.retries, self.patience = retries, patience
         self.phase: Phase | None = None
+        self._puller = Puller(grid)
 
     def set_run(self, run: Run) -> None:
         self.grid.set_run(run)
@@ -156,13 +156,14 @@ class Dispatcher(Grid):
         return self.grid.create_message(*args, **kwargs)
 
     def get_node_ids(self) -> Iterable[int]:
-        return _until_not_busy(self.grid.get_node_ids)
+        return until_not_busy(self.grid.get_node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self.grid.push_messages(messages)
+        messages = list(messages)
+        return until_not_busy(lambda: list(self.grid.push_messages(messages)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self.grid.pull_messages(message_ids)
+        return [reply for message_id in message_ids for reply in self._pull_small(message_id, float("inf"))]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
@@ -177,7 +178,7 @@ class Dispatcher(Grid):
         self._send(phase, errands)
         looked = time.monotonic()
         while waiting := [e for e in errands if e.open]:
-            self._receive(phase, waiting)
+            self._receive(phase, waiting, deadline)
             now = time.monotonic()
             if now >= deadline:
                 break
@@ -186,30 +187,34 @@ class Dispatcher(Grid):
                 self._look_after(phase)
             if any(e.open for e in waiting):
                 time.sleep(PULL_SECONDS)
+        self._puller.give_up(message_id for e in errands for message_id in e.asked)
         return [e.reply for e in errands if e.reply is not None]
 
     def _converse(self, messages: list[Message], deadline: float) -> list[Message]:
         """Whatever answers to these messages come in time."""
-        waiting = [i for i in _until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
+        waiting = [i for i in until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
         replies: list[Message] = []
         while True:
-            answers = self._pull(waiting)
-            replies += answers
-            answered = {reply.metadata.reply_to_message_id for reply in answers}
+            for message_id in waiting:
+                replies += self._pull_small(message_id, deadline)
+            answered = {reply.metadata.reply_to_message_id for reply in replies}
             waiting = [i for i in waiting if i not in answered]
             if not waiting or time.monotonic() >= deadline:
+                self._puller.give_up(waiting)
                 return replies
             time.sleep(PULL_SECONDS)
 
-    def _pull(self, message_ids: list[str]) -> list[Message]:
-        """Replies that are there; none for now where the SuperLink is busy."""
+    def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> list[Message]:
+        """The reply to a message that carried `order`, if it is there. Raises `ReplyTooLargeError`."""
+        most = MORE_TIMES * payload_bytes(order or RecordDict()) + MORE_BYTES
+        return self._puller.take(message_id, most=most, ends=deadline, interval=PULL_SECONDS)
+
+    def _pull_small(self, message_id: str, deadline: float) -> list[Message]:
+        """The reply to a message without weights; none where it is too large, which is told to the log."""
         try:
-            with _asking_often():
-                return list(self.grid.pull_messages(message_ids))
-        except httpx.HTTPStatusError as error:
-            if not _busy(error):
-                raise
-            log(WARNING, "the SuperLink is busy (%s): asked again", error)
+            return self._pull(message_id, deadline)
+        except ReplyTooLargeError as error:
+            log(WARNING, "a node does not answer properly: %s", error)
             return []
 
     def _send(self, phase: Phase, errands: list[Errand]) -> None:
@@ -218,15 +223,17 @@ class Dispatcher(Grid):
         with suppress(httpx.HTTPStatusError):
             ids = list(self.grid.push_messages([e.messages[-1] for e in errands]))
         if len(ids) < len(errands):  # too much for one request, as Flower says in its log, or the SuperLink is busy
-            ids = [_until_not_busy(partial(self._send_alone, errand)) for errand in errands]
+            ids = [until_not_busy(partial(self._send_alone, errand)) for errand in errands]
         for errand, message_id in zip(errands, ids, strict=True):
-            errand.sent_at = time.monotonic()
             node = errand.nodes[-1]
             if message_id is None:
                 self._failed(phase, errand, node, "Flower could not send the order", same_node=True)
             else:
-                errand.asked[message_id] = node
+                errand.sent_at = time.monotonic()
+                errand.asked[message_id] = Asking(node, errand.sent_at, done=phase.done[node])
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
+        for asking in [a for e in errands for a in e.asked.values() if not a.owed]:
+            asking.owed = phase.owed(asking.node)
 
     def _send_alone(self, errand: Errand) -> str | None:
         """Its message's ID. The message is made anew: Flower may have entered part of the other under its ID."""
@@ -243,13 +250,19 @@ class Dispatcher(Grid):
         errand.again(node)
         self._send(phase, [errand])
 
-    def _receive(self, phase: Phase, waiting: list[Errand]) -> None:
+    def _receive(self, phase: Phase, waiting: list[Errand], deadline: float) -> None:
         whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        for asked in whose:
+        for asked, errand in whose.items():
             # one at a time, so that no more than one reply's weights are in memory beside their mean
-            for reply in self._pull([asked]):
-                self._take(phase, whose, reply)
-                del reply  # one that was refused still has its weights
+            if errand.reply is not None:
+                continue
+            try:
+                replies = self._pull(asked, deadline, errand.first.content)
+            except ReplyTooLargeError as error:
+                self._failed(phase, errand, errand.asked.pop(asked).node, str(error), same_node=False)
+                continue
+            while replies:
+                self._take(phase, whose, replies.pop())
 
     def _take(self, phase: Phase, whose: dict[str, Errand], reply: Message) -> None:
         """Judge a reply: the first sound one to an errand counts, one that is not is asked of another node."""
@@ -257,37 +270,69 @@ class Dispatcher(Grid):
         errand = whose.get(asked)
         if errand is None or errand.reply is not None:
             return
-        node = errand.asked.pop(asked)
+        asking = errand.asked.pop(asked)
+        node = asking.node
         if reply.has_error():
-            again = reply.error.code not in SURELY_THE_APPS
-            self._failed(phase, errand, node, str(reply.error.reason), same_node=again)
+            reason = str(reply.error.reason)
+            again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in reason
+            self._failed(phase, errand, node, reason, same_node=again)
         elif (why := phase.judge(errand.shard, reply)) is not None:
             self._failed(phase, errand, node, why, same_node=False)
         else:
             errand.reply, errand.answered_by = reply, node
-            seconds = time.monotonic() - errand.sent_at
+            self._puller.give_up(errand.asked)
+            seconds = time.monotonic() - asking.at
             self._note(ANSWERED, phase, errand, node, seconds=seconds)
-            self.roster.answered(node, phase.work[errand.shard], seconds)
+            phase.done[node] += phase.work[errand.shard]
+            self.roster.answered(node, phase.done[node] - asking.done, seconds)
 
     def _failed(self, phase: Phase, errand: Errand, node: int, why: str, *, same_node: bool) -> None:
         self._note_failure(phase, errand, node, why)
-        if errand.asked:
-            return  # another node is at it already
-        to = self.roster.stand_in(errand.nodes, self)
-        if to is None and same_node and node in self.roster.alive(self):
-            to = node
-        if to is not None and len(errand.messages) <= self.retries:
+        if not same_node:
+            errand.unfit.add(node)
+        if errand.asked or len(errand.messages) > self.retries:
+            return  # another node is at it already, or there were enough
+        if (to := self._next(errand)) is not None:
             self._send_again(phase, errand, to)
+        elif not self.roster.alive(self):
+            log(WARNING, "round %d, shard %d: no node is there: waiting", phase.round, errand.shard)
+            errand.stranded = time.monotonic()
+
+    def _next(self, errand: Errand) -> int | None:
+        """The node to send an order to that none has in hand: one not tried yet, else one that may do better."""
+        if (to := self.roster.stand_in(errand.nodes, self)) is not None:
+            return to
+        tried = [n for n in errand.nodes if n not in errand.unfit and n in self.roster.alive(self)]
+        return tried[-1] if tried else None
+
+    def _shelter(self, phase: Phase, errand: Errand, since: float) -> None:
+        """Send an order that is stranded to a node that has come, maybe under a new ID, or give it up."""
+        self.roster.living(self)
+        wait = self.roster.config.wait_seconds
+        if (to := self._next(errand)) is not None:
+            errand.stranded = None
+            self._send_again(phase, errand, to)
+        elif time.monotonic() - since > wait:
+            errand.stranded = None
+            self._note_failure(phase, errand, errand.node, f"no node came within wait-seconds={wait:g}")
 
     def _look_after(self, phase: Phase) -> None:
         """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
+        self.roster.meet(self)
         alive = set(self.roster.alive(self))
         for errand in [e for e in phase.errands.values() if e.open]:
-            node = errand.nodes[-1]
+            if errand.stranded is not None:
+                self._shelter(phase, errand, errand.stranded)
+                continue
+            last = list(errand.asked.values())[-1]
+            node = last.node
             if node not in alive:
                 why = "the node is gone"
-            elif self._too_late(phase, errand):
+            elif self._too_late(errand, last):
                 why = "the node is far behind the usual time"
+                if node not in phase.behind:
+                    phase.behind.add(node)
+                    self.roster.fell_behind(node)
             else:
                 continue
             to = self.roster.stand_in(errand.nodes, self)
@@ -297,8 +342,8 @@ class Dispatcher(Grid):
                 self._note_failure(phase, errand, node, why)
                 self._send_again(phase, errand, to)
 
-    def _too_late(self, phase: Phase, errand: Errand) -> bool:
-        usual = self.roster.usual_seconds(errand.nodes[-1], phase.work[errand.shard])
+    def _too_late(self, errand: Errand, last: Asking) -> bool:
+        usual = self.roster.usual_seconds(last.node, last.owed)
         if usual is None:
             return False
         return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * usual)

@@ -17,16 +17,22 @@ from ret_fl.protocol import Hello, ProtocolError
 
 POLL_SECONDS = 1.0
 HELLO_SECONDS = 60.0
-"""How long a node that comes while others train may take to introduce itself."""
+"""How long, once, a node that has not introduced itself keeps those waiting that have."""
+HELLO_LIFE = 3600.0
+"""After which a node that was asked who it is and has not answered is asked anew; `wait-seconds` if they are more."""
+UNWELL_SECONDS = 10.0
+"""After which one that could not say is."""
 STAY = 1.5
 STAY_SECONDS = 30.0
 """A shard stays with its node, where its moments lie, unless another would be done so many times and seconds sooner."""
 SMOOTH = 0.5
-"""How much of its old speed a node keeps at each new measurement."""
+"""How much of its old speed, or of its slower answers, a node keeps at each new measurement."""
+MOST_RESTS = 15
+"""For how many rounds, at most, a node that was far behind again and again is left out."""
 
 
 class FederationError(RuntimeError):
-    """The run cannot go on: no clients, too few sound replies, or clients with other data."""
+    """The run cannot go on: too few clients with its data, or too few sound replies."""
 
 
 @dataclass
@@ -34,42 +40,88 @@ class Roster:
     """Nodes that have introduced themselves with the right data, and how fast each trains.
 
     journal: where it is told. nodes: what each said of itself. gone: those that Flower no longer hears from. refused:
-    nodes with other data. unwell: why a node could not introduce itself. speed: images a second of training, measured.
-    turnaround: seconds an image from order to answer, at worst. home: the node that trained a shard last, which has its
-    moments.
+    what is wrong with the data of nodes that have others. unwell: why a node could not introduce itself. asked: the
+    node that owes an introduction, by message ID. first_asked, ask_again: when (monotonic seconds) a node first was,
+    and when it may be anew. speed: images a second of training, measured. turnaround: seconds an image from order to
+    answer, the slower ones lately. behind: how often in a row a node was far behind. rests: for how many more rounds
+    such a node is left out. home: the node that trained a shard last, which has its moments.
     """
 
     config: RunConfig
     fingerprint: str
     journal: Journal = field(default_factory=Journal)
     nodes: dict[int, Hello] = field(default_factory=dict)
-    refused: set[int] = field(default_factory=set)
+    refused: dict[int, str] = field(default_factory=dict)
     unwell: dict[int, str] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    first_asked: dict[int, float] = field(default_factory=dict)
+    ask_again: dict[int, float] = field(default_factory=dict)
     speed: dict[int, float] = field(default_factory=dict)
     turnaround: dict[int, float] = field(default_factory=dict)
+    behind: dict[int, int] = field(default_factory=dict)
+    rests: dict[int, int] = field(default_factory=dict)
     home: dict[int, int] = field(default_factory=dict)
     gone: set[int] = field(default_factory=set)
 
     def greet(self, grid: Grid) -> None:
         """Ask every unknown node who it is; wait until `min-nodes` with the right data are there.
 
-        Raises `FederationError` if one has other data, or if too few come within `wait-seconds`.
+        Others that have been asked are then waited for, too, for `HELLO_SECONDS`. Those with other data are left out.
+        Raises `FederationError`, which names these, if too few come within `wait-seconds`.
         """
         deadline = time.monotonic() + self.config.wait_seconds
         while True:
-            for node, hello in self._hellos(grid, self.config.wait_seconds).items():
-                if hello.fingerprint != self.fingerprint:
-                    raise FederationError(
-                        f"node {node} (partition {hello.partition}) has other data: fingerprint "
-                        f"{hello.fingerprint[:16]} of {hello.samples} samples, the server has "
-                        f"{self.fingerprint[:16]}. Check data.source, data.path, data.seed and the files on that node"
-                    )
-                self._welcome(node, hello)
-            if len(self.nodes) >= self.config.min_nodes:
+            self.meet(grid)
+            enough, over = len(self.nodes) >= self.config.min_nodes, time.monotonic() > deadline
+            if enough and (over or not self._awaited(HELLO_SECONDS)):
                 return
-            if time.monotonic() > deadline:
+            if over:
                 raise FederationError(self._too_few(len(self.nodes)))
             time.sleep(POLL_SECONDS)
+
+    def meet(self, grid: Grid) -> None:
+        """Ask nodes that are new who they are, and hear those that have answered by now; nobody is waited for."""
+        listed = list(grid.get_node_ids())
+        self.refused = {node: why for node, why in self.refused.items() if node in listed}  # it may come back mended
+        now = time.monotonic()
+        known = {*self.nodes, *self.refused, *self.asked.values()}
+        new = [n for n in listed if n not in known and now >= self.ask_again.get(n, now)]
+        life = max(HELLO_LIFE, self.config.wait_seconds)
+        asking = [Message(Hello.request(self.config), n, MessageType.QUERY, ttl=life) for n in new]
+        for node, message_id in zip(new, grid.push_messages(asking) if asking else [], strict=False):
+            if message_id:
+                self.asked[message_id] = node
+                self.first_asked.setdefault(node, now)
+        for reply in grid.pull_messages(list(self.asked)) if self.asked else []:
+            # by the message it answers: an answer that Flower gives for a node names no node
+            if (asked := reply.metadata.reply_to_message_id) in self.asked:
+                self._hear(self.asked.pop(asked), reply)
+
+    def _hear(self, node: int, reply: Message) -> None:
+        try:
+            if reply.has_error():
+                raise ProtocolError(reply.error.reason)
+            hello = Hello.unpack(reply.content)
+        except ProtocolError as error:
+            if self.unwell.get(node) != str(error):
+                log(WARNING, "node %d does not answer properly: %s", node, error)
+            self.unwell[node] = str(error)
+            self.ask_again[node] = time.monotonic() + UNWELL_SECONDS
+            return
+        self.unwell.pop(node, None)
+        if hello.fingerprint == self.fingerprint:
+            self._welcome(node, hello)
+            return
+        self.refused[node] = why = (
+            f"it has other data: fingerprint {hello.fingerprint[:16]} of {hello.samples} samples, the server has "
+            f"{self.fingerprint[:16]}. Check data.source, data.path, data.seed and the files on that node"
+        )
+        self.journal.note(REFUSED, node=node, level=WARNING, partition=hello.partition, why=why)
+
+    def _awaited(self, seconds: float) -> bool:
+        """Whether a node that was first asked less than so many seconds ago has not answered."""
+        now = time.monotonic()
+        return any(now - self.first_asked[node] < seconds for node in self.asked.values())
 
     def _welcome(self, node: int, hello: Hello) -> None:
         self.nodes[node] = hello
@@ -79,40 +131,18 @@ class Roster:
 
     def _too_few(self, there: int) -> str:
         said = "".join(f". Node {node} answered: {why}" for node, why in self.unwell.items())
+        said += "".join(f". Node {node} is refused: {why}" for node, why in self.refused.items())
         return (
             f"{there} of min-nodes={self.config.min_nodes} clients are there after "
             f"wait-seconds={self.config.wait_seconds:g}{said}"
         )
 
-    def _hellos(self, grid: Grid, timeout: float) -> dict[int, Hello]:
-        new = [n for n in grid.get_node_ids() if n not in self.nodes and n not in self.refused]
-        requests = [Message(Hello.request(self.config), dst_node_id=n, message_type=MessageType.QUERY) for n in new]
-        if not requests:
-            return {}
-        hellos: dict[int, Hello] = {}
-        for reply in grid.send_and_receive(requests, timeout=timeout):
-            node = reply.metadata.src_node_id
-            try:
-                if reply.has_error():
-                    raise ProtocolError(reply.error.reason)
-                hellos[node] = Hello.unpack(reply.content)
-                self.unwell.pop(node, None)
-            except ProtocolError as error:
-                if self.unwell.get(node) != str(error):
-                    log(WARNING, "node %d does not answer properly: %s", node, error)
-                self.unwell[node] = str(error)
-        return hellos
-
     def living(self, grid: Grid) -> list[int]:
         """Nodes that may get work, by partition; late-comers are greeted, those with other data left out."""
-        for node, hello in self._hellos(grid, min(HELLO_SECONDS, self.config.wait_seconds)).items():
-            if hello.fingerprint == self.fingerprint:
-                self._welcome(node, hello)
-            else:
-                self.refused.add(node)
-                self.journal.note(
-                    REFUSED, node=node, level=WARNING, why=f"it has other data: fingerprint {hello.fingerprint[:16]}"
-                )
+        self.meet(grid)
+        while self._awaited(min(HELLO_SECONDS, self.config.wait_seconds)):
+            time.sleep(POLL_SECONDS)
+            self.meet(grid)
         return self.alive(grid)
 
     def alive(self, grid: Grid) -> list[int]:
@@ -123,6 +153,7 @@ class Roster:
             self.journal.note(GONE, node=node, level=WARNING)
         for node in sorted(self.gone - gone):
             self.journal.note(BACK, node=node)
+            self._is_well(node)
         self.gone = gone
         return sorted((n for n in self.nodes if n in there), key=lambda n: (self.nodes[n].partition, n))
 
@@ -148,8 +179,10 @@ class Roster:
         """Which node trains each shard: the largest first, each where it would be done soonest.
 
         images: to be trained on in each shard. A shard stays with the node it was on unless another is much faster
-        to finish; at first shard k belongs to the k-th node. Nodes of unknown speed count as fast as the others.
+        to finish; at first shard k belongs to the k-th node. Nodes of unknown speed count as fast as the others. A node
+        that was far behind gets nothing for a while: see `fell_behind`.
         """
+        nodes = self._rested(nodes)
         finish = dict.fromkeys(nodes, 0.0)
         assigned: dict[int, int] = {}
         for shard in sorted(range(len(images)), key=lambda k: (-images[k], k)):
@@ -161,6 +194,26 @@ class Roster:
             finish[node] = done[node]
             assigned[shard] = node
         return dict(sorted(assigned.items()))
+
+    def _rested(self, nodes: Sequence[int]) -> Sequence[int]:
+        """Those that need not rest this round; all, if all would."""
+        resting = {n for n in nodes if self.rests.get(n)}
+        for node in resting:
+            self.rests[node] -= 1
+        return [n for n in nodes if n not in resting] or nodes
+
+    def fell_behind(self, node: int) -> None:
+        """Take in that a node was far behind in a round: it gets no shard for 1 round, at the next time for 3, 7, ...
+
+        Whatever it hangs in, its speed does not tell, and each try costs the round what it takes to notice. What it
+        answers, or a return after it was gone, ends that.
+        """
+        self.behind[node] = self.behind.get(node, 0) + 1
+        self.rests[node] = min(2 ** self.behind[node] - 1, MOST_RESTS)
+
+    def _is_well(self, node: int) -> None:
+        self.behind.pop(node, None)
+        self.rests.pop(node, None)
 
     def speed_of(self, node: int) -> float:
         """Images a second: measured, else the mean of the others, else 1."""
@@ -175,15 +228,18 @@ class Roster:
             self.speed[node] = SMOOTH * self.speed.get(node, fresh) + (1 - SMOOTH) * fresh
 
     def answered(self, node: int, images: int, seconds: float) -> None:
-        """Take in how long after it was sent an order of so many images was answered.
+        """Take in how long after it was sent an order was answered, and the images that the node answered meanwhile.
 
-        Unlike the speed of training it counts all there is to wait for: other orders, start-up, the network, a machine
-        shared with other nodes. The slowest answer so far decides, by the image.
+        Unlike the speed of training it counts all there is to wait for: start-up, the network, a machine shared with
+        other nodes. The slowest answer decides, by the image; with each faster one half of the difference is forgotten.
         """
-        self.turnaround[node] = max(self.turnaround.get(node, 0.0), seconds / images)
+        fresh = seconds / images
+        old = self.turnaround.get(node, fresh)
+        self.turnaround[node] = max(fresh, SMOOTH * old + (1 - SMOOTH) * fresh)
+        self._is_well(node)
 
     def usual_seconds(self, node: int, images: int) -> float | None:
-        """How long after it was sent an order should be answered.
+        """How long after it was sent an order should be answered where the node has so many images to train.
 
         From a node that never answered one as long as from the slowest other, or by the speed it measured, if that is
         longer; None where neither is known.
@@ -194,8 +250,9 @@ class Roster:
         return max(guesses) * images if guesses else None
 
     def stand_in(self, tried: Collection[int], grid: Grid) -> int | None:
-        """The fastest living node not tried yet, or None."""
-        return max((n for n in self.alive(grid) if n not in tried), key=self.speed_of, default=None)
+        """The fastest living node not tried yet, one that was not far behind lately if there is any, or None."""
+        there = [n for n in self.alive(grid) if n not in tried]
+        return max(there, key=lambda n: (n not in self.behind, self.speed_of(n)), default=None)
 
     def sizes(self, shards: int, nodes: Sequence[int]) -> str:
         """Relative shard sizes, as `partition.sizes` has them, with which all nodes are done at the same time."""

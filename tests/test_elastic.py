@@ -15,13 +15,16 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import Strategy
 
 import ret_fl.dispatch
+import ret_fl.pulling
 import ret_fl.roster
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import TrainOrder, TrainReport
+from ret_fl.pulling import ReplyTooLargeError
 from ret_fl.roster import FederationError
 from ret_fl.strategy import RedistributeEnsemble
+from ret_fl.worker.calls import WorkerError
 
 Tiny = Callable[..., RunConfig]
 Federate = Callable[..., Federation]
@@ -130,6 +133,7 @@ def test_a_node_far_behind_its_speed_gets_a_stand_in(
     final = fed.run()
     assert [again["shard"] for again in fed.rounds[0].resent] == [1]
     assert "usual time" in str(fed.rounds[0].resent[0]["why"])
+    assert not fed.rounds[1].resent  # it gets no order in the next round
     assert not states_differ(final, undisturbed)
 
 
@@ -159,6 +163,32 @@ def test_where_every_order_of_the_first_round_is_lost_measured_speed_tells(
     assert fed.rounds[0].partitions == {0: 1}
 
 
+def test_a_reply_larger_than_any_sound_one_is_dropped_and_asked_of_another_node(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny({"num-server-rounds": 1}))
+    push, pull, owing = fed.grid.push_messages, fed.grid.pull_messages, dict[str, int]()
+
+    def pushing(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        owing.update(
+            (i, m.metadata.dst_node_id)
+            for i, m in zip(ids, messages, strict=True)
+            if m.metadata.message_type == MessageType.TRAIN
+        )
+        return ids
+
+    def pulling(ids: Iterable[str]) -> Iterable[Message]:
+        if any(owing.get(i) == SECOND for i in ids):
+            raise ReplyTooLargeError("its reply has more than 7 bytes")
+        return pull(ids)
+
+    fed.grid.push_messages, fed.grid.pull_messages = pushing, pulling  # type: ignore[method-assign]
+    fed.run()
+    assert fed.rounds[0].resent == [{"shard": 1, "why": "its reply has more than 7 bytes"}]
+    assert not fed.rounds[0].failures
+    assert fed.rounds[0].partitions == {0: 0, 1: 0}
+
+
 def busy(url: str) -> httpx.HTTPStatusError:
     request = httpx.Request("POST", url)
     return httpx.HTTPStatusError("database is locked", request=request, response=httpx.Response(500, request=request))
@@ -168,7 +198,7 @@ def test_a_superlink_that_is_busy_costs_time_only(
     tiny: Tiny, federate: Federate, undisturbed: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flower answers 500 while others keep its database locked, at whatever it is asked."""
-    monkeypatch.setattr(ret_fl.dispatch, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(ret_fl.pulling, "BUSY_SECONDS", 0.01)
     fed = federate(tiny())
     asked: dict[str, int] = {}
 
@@ -194,7 +224,7 @@ def test_a_superlink_that_is_busy_costs_time_only(
 def test_a_superlink_that_stays_broken_ends_the_run(
     tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ret_fl.dispatch, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(ret_fl.pulling, "BUSY_SECONDS", 0.01)
     fed = federate(tiny())
 
     def broken(messages: Iterable[Message]) -> Iterable[str]:
@@ -216,8 +246,43 @@ def test_a_node_that_was_always_slow_is_not_too_late(tiny: Tiny, federate: Feder
     assert roster.usual_seconds(FIRST, 100) == pytest.approx(10)
     roster.trained(0, FIRST, 1000, 1.0)
     roster.answered(FIRST, 1000, 500.0)
-    roster.answered(FIRST, 1000, 20.0)
     assert roster.usual_seconds(FIRST, 100) == pytest.approx(50)
+    roster.answered(FIRST, 1000, 20.0)
+    assert 2 < (roster.usual_seconds(FIRST, 100) or 0) < 50
+    roster.answered(FIRST, 1000, 100.0)
+    assert roster.usual_seconds(FIRST, 100) == pytest.approx(18)
+
+
+def test_one_slow_answer_is_forgotten_in_time(tiny: Tiny, federate: Federate) -> None:
+    roster = federate(tiny()).strategy.roster
+    roster.answered(FIRST, 1000, 3600.0)
+    for _ in range(12):
+        roster.answered(FIRST, 1000, 10.0)
+    assert roster.usual_seconds(FIRST, 1000) == pytest.approx(10, rel=0.1)
+
+
+def test_an_order_behind_others_on_its_node_has_their_time_too(
+    tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four shards on one node, which takes a quarter of a second each."""
+    fed = federate(tiny({"shards": 4, "num-server-rounds": 2, "patience": 2}), nodes=1)
+    monkeypatch.setattr(ret_fl.dispatch, "LEAST_SECONDS", 0.0)
+    push, pull, ready = fed.grid.push_messages, fed.grid.pull_messages, dict[str, float]()
+
+    def pushing(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        for i, message in zip(ids, messages, strict=True):
+            if message.metadata.message_type == MessageType.TRAIN:
+                ready[i] = max([time.monotonic(), *ready.values()]) + 0.25
+        return ids
+
+    fed.grid.push_messages = pushing  # type: ignore[method-assign]
+    fed.grid.pull_messages = lambda ids: pull([i for i in ids if time.monotonic() >= ready.get(i, 0)])  # type: ignore[method-assign]
+    fed.run()
+    assert [summary.resent for summary in fed.rounds] == [[], []]
+    images = sum(report.images for report in fed.rounds[1].reports)
+    assert fed.strategy.roster.usual_seconds(FIRST, images) == pytest.approx(1.0, rel=0.5)
 
 
 def test_orders_too_large_for_one_request_go_one_by_one(
@@ -282,6 +347,66 @@ def test_an_error_of_the_app_is_not_asked_for_again_of_the_same_node(tiny: Tiny,
 
     federate(tiny({"num-server-rounds": 1}), client, nodes=1).run()
     assert calls == [FIRST]
+
+
+def away(fed: Federation, rounds: tuple[int, ...], back: Callable[[int], dict[int, int]]) -> None:
+    """Every order of these rounds meets a node that Flower no longer hears from; then no node is listed, until
+    `back(looks)` names some: new IDs and those whose contexts they have."""
+    contexts, looks = dict(fed.grid.contexts), [0]
+    handle = fed.grid._handle
+
+    def handling(message: Message) -> Message:
+        if message.metadata.message_type != MessageType.TRAIN or looks[0]:
+            return handle(message)
+        if TrainOrder.unpack(message.content)[0].round not in rounds:
+            return handle(message)
+        fed.grid.contexts.clear()
+        return unavailable(message, message)
+
+    def listed() -> list[int]:
+        if not fed.grid.contexts:
+            looks[0] += 1
+            fed.grid.contexts.update({new: contexts[old] for new, old in back(looks[0]).items()})
+        return list(fed.grid.contexts)
+
+    fed.grid._handle = handling  # type: ignore[method-assign]
+    fed.grid.get_node_ids = listed  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("node", [FIRST, 9], ids=["as itself", "under a new ID"])
+def test_a_round_waits_for_a_node_where_all_are_away(tiny: Tiny, federate: Federate, node: int) -> None:
+    settings = {"shards": 1, "wait-seconds": 60}
+    whole = federate(tiny(settings, {"state-dir": str(tiny().state_dir) + "-other"})).run()
+    fed = federate(tiny(settings))
+    away(fed, (2,), lambda looks: {node: FIRST} if looks > 10 else {})
+    final = fed.run()
+    assert fed.rounds[1].resent == [{"shard": 0, "why": "Node Unavailable"}]
+    assert not any(summary.failures for summary in fed.rounds)
+    assert not states_differ(final, whole)
+
+
+def test_a_round_whose_nodes_stay_away_stops_the_run_with_a_way_to_go_on(tiny: Tiny, federate: Federate) -> None:
+    fed = federate(tiny({"wait-seconds": 0.5, "out": "runs/mine"}))
+    away(fed, (2,), lambda looks: {})
+    with pytest.raises(FederationError, match=r"round 2: .*no node came within wait-seconds=0.5.*--resume runs/mine"):
+        fed.run()
+    assert len(fed.rounds) == 1
+
+
+def test_a_worker_that_died_is_asked_again_of_the_only_node(tiny: Tiny, federate: Federate) -> None:
+    """Its next order starts another; see ret_fl/worker."""
+    died = []
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and not died:
+            died.append(context.node_id)
+            raise WorkerError("the worker (process 7) ended with the order in it")
+        return client_app(message, context)
+
+    fed = federate(tiny({"num-server-rounds": 1}), client, nodes=1)
+    fed.run()
+    assert not fed.rounds[0].failures
+    assert [again["shard"] for again in fed.rounds[0].resent] == [0]
 
 
 def test_a_late_first_reply_does_not_count_twice(tiny: Tiny, federate: Federate) -> None:

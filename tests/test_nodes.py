@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from federations import Recorder, assert_equal_states
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from PIL import Image
 
+import ret_fl.roster
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.data.sources import load_splits
 from ret_fl.packing import pack_state
@@ -40,25 +41,81 @@ def from_pictures(tiny: Tiny, pictures: Path, tmp_path: Path) -> RunConfig:
     return tiny(source, {"data.cache-dir": str(tmp_path / "cache"), "num-server-rounds": 1})
 
 
-def test_a_node_with_one_other_image_stops_the_run_before_training(
-    from_pictures: RunConfig, federate: Federate, pictures: Path
-) -> None:
+@pytest.fixture
+def one_other_image(from_pictures: RunConfig, pictures: Path) -> tuple[str, list[str]]:
+    """A copy of the pictures with one pixel changed, and the words that tell of it."""
     copy = pictures.parent / "copy"
     shutil.copytree(pictures, copy)
     changed = copy / "class1" / "13.png"
     pixels = np.array(Image.open(changed))
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save(changed)
-    fed = federate(from_pictures)
-    fed.grid.contexts[3].node_config["data-path"] = str(copy)
-    with pytest.raises(FederationError) as stop:
-        fed.run()
     own = load_splits(from_pictures.data).train.fingerprint
     other = load_splits(from_pictures.data.model_copy(update={"path": str(copy)})).train.fingerprint
     assert own != other
-    for words in (own[:16], other[:16], "partition 1", "data.path"):
-        assert words in str(stop.value)
+    return str(copy), [own[:16], other[:16], "data.path"]
+
+
+def test_a_node_with_one_other_image_is_refused_and_the_sound_ones_go_on(
+    from_pictures: RunConfig,
+    federate: Federate,
+    one_other_image: tuple[str, list[str]],
+    flower_log: pytest.LogCaptureFixture,
+) -> None:
+    fed = federate(from_pictures)
+    fed.grid.contexts[3].node_config["data-path"], words = one_other_image
+    with flower_log.at_level(logging.WARNING):
+        fed.run()
+    assert [summary.partitions for summary in fed.rounds] == [{0: 0, 1: 0}]
+    (line,) = {record.getMessage() for record in flower_log.records if "node refused" in record.getMessage()}
+    assert all(word in line for word in ("partition=1", *words))
+
+
+def test_too_few_nodes_with_the_runs_data_stop_it_before_training(
+    from_pictures: RunConfig, federate: Federate, one_other_image: tuple[str, list[str]]
+) -> None:
+    fed = federate(from_pictures.model_copy(update={"min_nodes": 2}))
+    fed.grid.contexts[3].node_config["data-path"], words = one_other_image
+    with pytest.raises(FederationError) as stop:
+        fed.run()
+    for word in ("1 of min-nodes=2", *words):
+        assert word in str(stop.value)
     assert not fed.rounds
+
+
+def test_a_refused_node_that_was_away_and_is_mended_takes_part(
+    from_pictures: RunConfig, federate: Federate, one_other_image: tuple[str, list[str]]
+) -> None:
+    fed = federate(from_pictures)
+    node, grid = fed.grid.contexts[3], fed.grid
+    node.node_config["data-path"], _ = one_other_image
+    fed.strategy.roster.greet(grid)
+    del node.node_config["data-path"], grid.contexts[3]
+    assert fed.strategy.roster.living(grid) == [2]
+    grid.contexts[3] = node
+    assert fed.strategy.roster.living(grid) == [2, 3]
+
+
+def test_a_node_that_never_says_who_it_is_is_asked_once_and_keeps_no_round_waiting(
+    tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ret_fl.roster, "HELLO_SECONDS", 0.2)
+    fed = federate(tiny({"wait-seconds": 30, "num-server-rounds": 3}))
+    push, pull, silent = fed.grid.push_messages, fed.grid.pull_messages, list[str]()
+
+    def pushing(messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        ids = list(push(messages))
+        silent.extend(i for i, m in zip(ids, messages, strict=True) if m.metadata.dst_node_id == 3)
+        return ids
+
+    fed.grid.push_messages = pushing  # type: ignore[method-assign]
+    fed.grid.pull_messages = lambda ids: pull([i for i in ids if i not in silent])  # type: ignore[method-assign]
+    fed.run()
+    assert len(silent) == 1
+    assert [set(summary.partitions.values()) for summary in fed.rounds] == [{0}] * 3
+    fed.grid.pull_messages = pull  # type: ignore[method-assign]
+    assert fed.strategy.roster.living(fed.grid) == [2, 3]  # it has answered after all
 
 
 def test_a_node_with_the_same_images_elsewhere_takes_part(

@@ -62,6 +62,25 @@ def test_a_node_gone_loses_its_shards_to_the_others() -> None:
     assert assigned[1] in (1, 3)
 
 
+def test_a_node_that_was_far_behind_is_left_out_ever_longer_until_it_answers() -> None:
+    found = roster({1: 1.0, 2: 1.0})
+
+    def rounds_without_it() -> int:
+        found.fell_behind(2)
+        return next(i for i in range(100) if 2 in found.assign([9, 9], [1, 2]).values())
+
+    assert [rounds_without_it() for _ in range(6)] == [1, 3, 7, 15, 15, 15]
+    found.answered(2, 9, 1.0)
+    assert rounds_without_it() == 1
+
+
+def test_nodes_far_behind_get_work_where_there_are_no_others() -> None:
+    found = roster({1: 1.0, 2: 1.0})
+    found.fell_behind(1)
+    found.fell_behind(2)
+    assert found.assign([9, 9], [1, 2]) == {0: 1, 1: 2}
+
+
 def test_sizes_in_proportion_to_speed_end_together() -> None:
     weights = [float(w) for w in roster({1: 30.0, 2: 10.0}).sizes(3, [1, 2]).split(",")]
     assert weights == pytest.approx([15, 10, 15])

@@ -1,0 +1,169 @@
+"""Replies taken from a SuperLink, each once, within bounds of memory and time, and none in the way of another.
+
+A SuperLink hands a reply to the first who asks and to nobody again, while its parts may still be on their way. What
+goes wrong after that must not lose it: "database is locked" while its parts are asked for, or when it is told that all
+arrived. Flower's `HttpGrid.pull_messages` does the asking; the functions it calls for that are replaced here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from logging import WARNING
+from typing import Any, TypeVar
+
+import httpx
+from flwr.app import Message
+from flwr.common.logger import log
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import http_grid
+
+T = TypeVar("T")
+
+BUSY_TRIES, BUSY_SECONDS = 10, 2.0
+"""How often, and how long apart, a SuperLink that answers with an error of its own is asked again."""
+UPLOAD_SECONDS = 30.0
+"""How long a reply whose parts are still on their way keeps others, and the look at the nodes, waiting."""
+ASK_SECONDS = 5.0
+"""How long a reply that may be there is waited for even where time is over."""
+REPLIES_AT_ONCE = 16
+"""How many replies, at most, may have parts on their way. More than one is rare: see `UPLOAD_SECONDS`."""
+
+
+class ReplyTooLargeError(RuntimeError):
+    """A reply has more bytes than any sound one; those that came are dropped, no others are asked for."""
+
+
+def is_busy(error: httpx.HTTPStatusError) -> bool:
+    """Whether the SuperLink failed at a request: above all "database is locked", which passes."""
+    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+
+
+def until_not_busy(ask: Callable[[], T]) -> T:
+    """What is answered, once it is. Raises what the last of `BUSY_TRIES` raised."""
+    for tried in range(1, BUSY_TRIES + 1):
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if not is_busy(error) or tried == BUSY_TRIES:
+                raise
+            log(WARNING, "the SuperLink is busy (%s): asked again in %g s", error, BUSY_SECONDS)
+        time.sleep(BUSY_SECONDS)
+    raise AssertionError("BUSY_TRIES is at least 1")
+
+
+@dataclass
+class _Pull:
+    """One reply being taken: most bytes it may have, when (monotonic) to give it up, how often to ask for a part."""
+
+    most: float
+    ends: float
+    interval: float
+    taken: int = 0
+    given_up: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def part(self, ask: Callable[[str], bytes], object_id: str) -> bytes:
+        """A part of the reply, as Flower's `pull_objects` wants it: `ObjectUnavailableError` to be asked again."""
+        if self.given_up.is_set():
+            raise ObjectPullError(object_id, "no longer needed")
+        try:
+            content = ask(object_id)
+        except httpx.HTTPStatusError as error:
+            if not is_busy(error):
+                raise
+            raise ObjectUnavailableError(object_id) from error
+        with self.lock:
+            self.taken += len(content)
+            if self.taken > self.most:
+                raise ReplyTooLargeError(f"its reply has more than {self.most:,.0f} bytes")
+        return content
+
+
+_pull: ContextVar[_Pull | None] = ContextVar("_pull", default=None)
+_flowers_pull, _flowers_confirm = http_grid.pull_objects, RuntimeHttpClient.ConfirmMessageReceived
+
+
+def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **usual: Any) -> dict[str, bytes]:
+    """Flower's, but parts are asked for at equal intervals; Flower itself waits 1, 2, 4 s, ... between."""
+    pull = _pull.get()
+    if pull is None:
+        return _flowers_pull(object_ids, pull_object_fn, **usual)
+    return _flowers_pull(
+        object_ids,
+        partial(pull.part, pull_object_fn),
+        max_time=pull.ends - time.monotonic(),
+        max_tries_per_object=None,
+        initial_backoff=pull.interval,
+        backoff_cap=pull.interval,
+    )
+
+
+def _confirm(client: RuntimeHttpClient, request: ConfirmMessageReceivedRequest) -> ConfirmMessageReceivedResponse:
+    """Flower's, but a SuperLink that stays busy keeps its copy of a reply; the reply itself is here."""
+    try:
+        return until_not_busy(partial(_flowers_confirm, client, request))
+    except httpx.HTTPStatusError as error:
+        if not is_busy(error):
+            raise
+        log(WARNING, "the SuperLink was not told that a reply arrived (%s): it keeps it to the end of the run", error)
+        return ConfirmMessageReceivedResponse()
+
+
+http_grid.pull_objects = _pull_objects
+RuntimeHttpClient.ConfirmMessageReceived = _confirm  # type: ignore[method-assign,assignment]
+
+
+class Puller:
+    """Takes replies from `grid`, one after the other unless the parts of one keep it waiting."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._pool = futures.ThreadPoolExecutor(REPLIES_AT_ONCE, thread_name_prefix="pull")
+        self._coming: dict[str, tuple[_Pull, futures.Future[list[Message]]]] = {}
+
+    def take(self, message_id: str, *, most: float, ends: float, interval: float) -> list[Message]:
+        """The reply to a message, where it is there with all its parts; else nothing, for now.
+
+        most: bytes it may have. ends: when, by `time.monotonic`, its parts are no longer waited for. interval: seconds
+        between two askings for a part. Raises `ReplyTooLargeError`, after which nothing more comes, and what Flower
+        raises where the SuperLink is not just busy.
+        """
+        coming = self._coming.get(message_id)
+        wait = 0.0 if coming else min(UPLOAD_SECONDS, max(ASK_SECONDS, ends - time.monotonic()))
+        if coming is None:
+            pull = _Pull(most, ends, interval)
+            coming = pull, self._pool.submit(self._fetch, pull, message_id)
+            self._coming[message_id] = coming
+        pull, future = coming
+        futures.wait([future], timeout=wait)
+        if not future.done():
+            return []
+        del self._coming[message_id]
+        return future.result()
+
+    def give_up(self, message_ids: Iterable[str]) -> None:
+        """Ask for no further parts of the replies to these messages."""
+        for message_id in message_ids:
+            if coming := self._coming.pop(message_id, None):
+                coming[0].given_up.set()
+
+    def _fetch(self, pull: _Pull, message_id: str) -> list[Message]:
+        _pull.set(pull)
+        try:
+            return list(self.grid.pull_messages([message_id]))
+        except httpx.HTTPStatusError as error:
+            if not is_busy(error):
+                raise
+            log(WARNING, "the SuperLink is busy (%s): asked again", error)
+            return []
+        finally:
+            _pull.set(None)
