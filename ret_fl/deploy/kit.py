@@ -54,8 +54,8 @@ def write_kit(federation: Federation, out: Path) -> Kit:
     """Write the federation's kit into `out`; again into the same folder, it keeps authority and keys.
 
     The keys kept are those of SuperNodes, and the one that signs orders. Certificates of SuperLink and sample service,
-    with theirs, are made anew each time, which is how they are renewed. Raises `ConfigError` if the authority or a key found there, or the preset of the sample service, cannot be
-    used.
+    with theirs, are made anew each time, which is how they are renewed. Raises `ConfigError` if the authority or a key
+    found there, or the preset of the sample service, cannot be used.
     """
     kit, samples = Kit(out), federation.samples
     preset = _served(samples) if samples else ""
