@@ -15,8 +15,7 @@ import json
 import logging
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -25,7 +24,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
-from ret_fl.data.sources import DataSplits
 from ret_fl.diffusion.proxymodel import open_model, trained_parameters
 from ret_fl.doctor import client_memory
 from ret_fl.rundir import RunDir
@@ -78,7 +76,6 @@ def make_pipeline(folder: Path, size: str, side: int) -> Path:
 def estimate(size: str, side: int, place: Path) -> None:
     """Parameters, bytes, activations and operations of one model."""
     folder = make_pipeline(place / "model", size, side)
-    data = cast(DataSplits, SimpleNamespace(train=SimpleNamespace(image_shape=(3, side, side))))
     print(f"{size}, {side} px\n\n| trained | parameters | a client sends a round, MB |\n|---|---:|---:|")
     for rank in (0, *RANKS):
         model = open_model(_config(folder, {"lora.rank": rank}), (3, side, side), 0)
@@ -97,8 +94,8 @@ def estimate(size: str, side: int, place: Path) -> None:
     for name, changes in cases.items():
         one, two = (_config(folder, changes | {"batch-size": size, "device": "cpu"}) for size in (1, 2))
         model = open_model(one, (3, side, side), 0)
-        memory = client_memory(one, model, data)
-        further = client_memory(two, model, data) - memory
+        memory = client_memory(one, model, (3, side, side))
+        further = client_memory(two, model, (3, side, side)) - memory
         print(f"| {name} | {memory / 1e9:.1f}, and {further / 1e9:.2f} for each further image |", flush=True)
         del model
 

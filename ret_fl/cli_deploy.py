@@ -46,12 +46,15 @@ def example() -> None:
 def init(
     file: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="As `ret-fl deploy example` prints one.")],
     out: Annotated[
-        Path, typer.Option(help="Folder of the kit. An old one is brought up to date: its CA and node keys stay.")
+        Path,
+        typer.Option(
+            help="Folder of the kit. An old one is brought up to date: its CA, node keys and signing key stay."
+        ),
     ] = Path("kit"),
 ) -> None:
     """Make the kit: one folder a host with its keys, certificates, systemd unit, compose file and start script.
 
-    Run it again after a change of the federation file, and to renew the SuperLink's certificate.
+    Run it again after a change of the federation file or the preset it names, and to renew certificates.
     """
     from ret_fl.config import ConfigError
     from ret_fl.deploy.federation import read_federation
@@ -71,6 +74,8 @@ def _contents(federation: Federation) -> list[tuple[str, str]]:
     """What the kit's folders are for, in the order they are needed."""
     there = f"as {federation.folder}/kit"
     lines = [("superlink/", f"to {federation.superlink.host}, {there}")]
+    if samples := federation.samples:
+        lines.append(("samples/", f"to {samples.host}, as {federation.folder}/kit-samples: what serves the samples"))
     for host in federation.hosts:
         nodes = ", ".join(node.name for node in federation.on(host))
         lines.append((f"{host.name}/", f"to host {host.name}, {there}: SuperNodes {nodes}"))
@@ -78,7 +83,7 @@ def _contents(federation: Federation) -> list[tuple[str, str]]:
     if federation.tls:
         lines.append(("operator/register", "registers the SuperNodes' keys, once the SuperLink runs"))
         lines.append(("ca/", "lock away: whoever has ca.key can pose as the SuperLink"))
-    lines.append(("kubernetes.yaml", "all of it on a cluster; superlink/ and hosts' folders become secrets"))
+    lines.append(("kubernetes.yaml", "all of it on a cluster; the folders become secrets"))
     return lines
 
 

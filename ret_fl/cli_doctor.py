@@ -36,6 +36,7 @@ def doctor(
 ) -> None:
     """Check what a run with these settings needs of this machine, and say what to do; exit code 1 if anything fails.
 
+    Where service.address is set (on a node without data) the sample service is asked in place of local data.
     Memory and disk are estimates. Not checked: other machines (run it there, too, with the same --fingerprint),
     whether another SuperNode uses the same key, and how fast anything is. The SuperLink is not changed.
     """

@@ -48,7 +48,7 @@ def serve_samples(
 
     Give the run's own data settings (--preset, --set data...): the fingerprint must be the run's. A client may read the
     samples of its current order and no others: the server signs each order with signing-key.pem, and this service
-    checks it with verify-key.pem.
+    checks it with verify-key.pem. For several machines `ret-fl deploy init` makes keys, certificate and start script.
 
     \b
     ret-fl serve-samples --make-key keys

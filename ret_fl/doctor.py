@@ -16,16 +16,42 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from ret_fl.aggregation import make_base
+from ret_fl.averaging import needs_the_mean_only
 from ret_fl.config import ConfigError, RunConfig
 from ret_fl.data.sources import DataSplits, deal, load_splits
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.proxymodel import ProxyModel, open_model, trained_parameters
 from ret_fl.diffusion.text_to_image import data_read, require_captions
 from ret_fl.files import user_cache
+from ret_fl.samples.access import open_access
+from ret_fl.samples.client import SampleServiceError
+from ret_fl.samples.records import Description, DescriptionError
 
 FLOAT = 4
 """Bytes of a weight; weights, moments and gradients are float32 under every `precision`."""
 GIB = 2**30
+
+MEAN_REPLIES = 4
+"""Sizes of a reply that a round takes on a server that averages replies as they come."""
+
+SERVICE_SECONDS = 5.0
+"""How long a sample service may be away before it is called a failure."""
+
+_SERVICE_ADVICE = {
+    "CERTIFICATE_VERIFY_FAILED": "set service.ca (on a node sample-ca) to the CA that signed the service's "
+    "certificate: the kit's ca.crt",
+    "Hostname Verification": "call the service by a name in its certificate, or add this one to samples.also, `ret-fl "
+    "deploy init` again, copy samples/ and restart the service",
+    "WRONG_VERSION_NUMBER": "the service runs with --insecure: start it with the kit's `start`, or set "
+    "service.insecure (on a node sample-insecure)",
+    "Socket closed": "the service wants TLS: leave service.insecure out and set service.ca; with a --client-ca it "
+    "wants service.certificate and service.key, too",
+    "Connection refused": "start the service (systemctl status ret-fl-samples); check the port, and that it binds "
+    "more than 127.0.0.1",
+    "errors resolving": "check the name in service.address, DNS or /etc/hosts",
+}
+"""What gRPC says of a connection that fails -> what to do."""
 
 
 class Verdict(StrEnum):
@@ -65,22 +91,27 @@ def examine_machine(config: RunConfig, fingerprint: str = "") -> list[Finding]:
         fingerprint: the data fingerprint, or its first digits, that this machine's data must have; empty: any.
     """
     findings = [check_python(), check_packages(), check_device(config)]
-    data_finding, data = check_data(config, fingerprint)
-    findings.append(data_finding)
-    if data is None:
+    data: DataSplits | None = None
+    if config.service.address:
+        finding, known = check_service(config, fingerprint)
+    else:
+        finding, data = check_data(config, fingerprint)
+        known = Description.of(data.train, data.kind) if data else None
+    findings.append(finding)
+    if known is None:
         return findings
     try:
-        require_captions(config, data.train)
-        model = open_model(config, data.train.image_shape, data.train.num_classes)
+        require_captions(config, data.train if data else None)
+        model = open_model(config, known.image_shape, known.num_classes)
     except ConfigError as error:
         return [*findings, Finding.failure("model", error, "change the setting it names")]
     trained = trained_parameters(model.unet)
     parameters = sum(p.numel() for p in trained.values())
     name = config.model.init_from or config.model.preset
     findings.append(Finding.ok("model", f"{name}, {parameters:,} parameters trained"))
-    findings.append(check_client_memory(config, client_memory(config, model, data)))
-    findings.append(check_server_memory(3 * config.shards * 2 * parameters * FLOAT))
-    results = checkpoint_bytes(config, parameters) + history_bytes(config, len(data.train))
+    findings.append(check_client_memory(config, client_memory(config, model, known.image_shape)))
+    findings.append(check_server_memory(config, parameters))
+    results = checkpoint_bytes(config, parameters) + history_bytes(config, known.samples)
     findings.append(check_disk("disk, results", Path(config.out or "runs"), results))
     state = Path(config.state_dir) if config.state_dir else user_cache("proxies")
     findings.append(check_disk("disk, client state", state, client_state_bytes(config, parameters)))
@@ -135,8 +166,9 @@ def check_data(config: RunConfig, fingerprint: str = "") -> tuple[Finding, DataS
     """Load the data as a client does, and compare its fingerprint with the expected one."""
     try:
         data = load_splits(data_read(config))
+        Description.of(data.train, data.kind)
         deal(config, data)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, DescriptionError, OSError) as error:
         return Finding.failure(
             "data", error, "check data.source and data.path, and that this account may read it"
         ), None
@@ -151,7 +183,38 @@ def check_data(config: RunConfig, fingerprint: str = "") -> tuple[Finding, DataS
     return Finding.ok("data", found), data
 
 
-def client_memory(config: RunConfig, model: ProxyModel, data: DataSplits) -> int:
+def check_service(config: RunConfig, fingerprint: str = "") -> tuple[Finding, Description | None]:
+    """Ask the sample service what it has, as a client does; compare its fingerprint with the expected one."""
+    service = config.service.model_copy(update={"patience": min(config.service.patience, SERVICE_SECONDS)})
+    try:
+        known = open_access(service, data_read(config)).describe()
+    except (ConfigError, OSError) as error:
+        return Finding.failure("data", error, "check the service.* settings, and that this account may read them"), None
+    except SampleServiceError as error:
+        told = (advice for said, advice in _SERVICE_ADVICE.items() if said in str(error))
+        return Finding.failure(
+            "data",
+            error,
+            next(told, "check what listens at service.address, the firewalls in between, the service's log"),
+        ), None
+    shape = "x".join(map(str, known.image_shape))
+    found = (
+        f"{known.samples:,} training images of {shape} from the sample service {service.address}; fingerprint "
+        f"{known.fingerprint}"
+    )
+    if fingerprint and not known.fingerprint.startswith(fingerprint.lower()):
+        advice = (
+            "serve the very same files with the run's data.* settings (samples.preset of the kit): clients with other "
+            "data are sent no orders"
+        )
+        return Finding.failure("data", f"{found}, expected {fingerprint}", advice), known
+    if service.insecure:
+        advice = "use TLS (service.ca) unless nobody else is on the network: whoever is in between reads the samples"
+        return Finding.warning("data", found, advice), known
+    return Finding.ok("data", found), known
+
+
+def client_memory(config: RunConfig, model: ProxyModel, image_shape: tuple[int, int, int]) -> int:
     """Bytes a client takes on its device: weights, EMA, gradients, two Adam moments, and what backward needs.
 
     The last is measured on one sample in float32 and multiplied by what goes through the U-Net at once, halved under
@@ -162,7 +225,7 @@ def client_memory(config: RunConfig, model: ProxyModel, data: DataSplits) -> int
     if config.model.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
-    x0, condition = objective.imagined(1, data.train.image_shape)
+    x0, condition = objective.imagined(1, image_shape)
     t, noise = objective.draw(x0)
     weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
     kept: dict[int, int] = {}
@@ -202,12 +265,33 @@ def check_client_memory(config: RunConfig, needed: int) -> Finding:
     return Finding.ok("memory, client", found)
 
 
-def check_server_memory(needed: int) -> Finding:
-    """Memory of the machine against what the server takes for all shards' replies: three times raw and EMA weights."""
+def server_replies(config: RunConfig) -> int:
+    """The most that a round takes on the server, in sizes of a reply, rounded up from `benchmarks.server_memory`.
+
+    Replies that are averaged as they come take 3.4 to 3.8, whatever the number of shards; a strategy that needs all of
+    them took 2.7 more than there are. Proxies kept apart (not measured) lie there twice at the end of a round: old and
+    new. Left out: what server optimizers remember, and the process itself. Raises `ConfigError` as `make_base`.
+    """
+    if not config.averages:
+        return 2 * config.shards + 3
+    return MEAN_REPLIES if needs_the_mean_only(make_base(config)) else config.shards + 3
+
+
+def check_server_memory(config: RunConfig, parameters: int) -> Finding:
+    """Memory of the machine against what a round takes on the server."""
+    try:
+        replies = server_replies(config)
+    except ConfigError as error:
+        return Finding.failure("memory, server", error, "change the setting it names")
+    needed = replies * (2 if config.ema.decay else 1) * parameters * FLOAT
     free = psutil.virtual_memory().available
-    found = f"about {_size(needed)} for the replies of all shards, {_size(free)} free"
+    found = f"about {_size(needed)} for a round, {replies} sizes of a reply, {_size(free)} free"
     if needed > free:
-        advice = "matters where the SuperLink runs: use a machine with more memory, or fewer shards"
+        advice = "matters where the SuperLink runs: use a machine with more memory, or a smaller model.preset"
+        if replies != MEAN_REPLIES:
+            advice += ", or fewer shards"
+            if config.averages:
+                advice += ", or an aggregation.strategy that averages replies as they come (fedavg without dp.mode)"
         return Finding.warning("memory, server", found, advice)
     return Finding.ok("memory, server", found)
 

@@ -37,9 +37,18 @@ from ret_fl.doctor import (
     client_state_bytes,
     examine_machine,
     history_bytes,
+    server_replies,
 )
 from ret_fl.history import Phase, save_phase
 from ret_fl.superlink_checks import check_clock, check_key, examine_superlink
+
+PRIVATE: dict[str, Scalar] = {
+    "dp.mode": "server-fixed",
+    "agc.mode": "off",
+    "redistribution.policy": "none",
+    "data.duplicates": "keep",
+    "quorum": 1,
+}
 
 
 def config(**changes: Scalar) -> RunConfig:
@@ -113,9 +122,34 @@ def test_an_image_size_that_does_not_fit_the_model_is_a_failure() -> None:
 
 def test_too_little_memory_or_disk_is_a_failure_that_says_how_much(tmp_path: Path) -> None:
     assert_fails(check_client_memory(config(), 2**60), "1,073,741,824.00 GiB", "batch-size")
-    assert check_server_memory(2**60).verdict == Verdict.WARNING
+    assert check_server_memory(config(), 2**60).verdict == Verdict.WARNING
     assert_fails(check_disk("disk", tmp_path / "not" / "there", 2**60), "1,073,741,824.00 GiB", "keep-checkpoints")
     assert check_disk("disk", tmp_path / "not" / "there", 1).verdict == Verdict.OK
+
+
+@pytest.mark.parametrize(
+    ("settings", "few", "many", "advice"),
+    [
+        ({}, 4, 4, "smaller model.preset"),
+        ({"aggregation.strategy": "fedadam"}, 4, 4, "smaller model.preset"),
+        ({"aggregation.strategy": "fedmedian", "quorum": 1}, 6, 23, "averages replies as they come"),
+        (PRIVATE, 6, 23, "without dp.mode"),
+        ({"aggregate-every": 0, "redistribution.policy": "none"}, 9, 43, "fewer shards"),
+    ],
+)
+def test_only_what_needs_all_replies_takes_more_memory_with_more_shards(
+    settings: dict[str, Scalar], few: int, many: int, advice: str
+) -> None:
+    made = [config(**settings, shards=shards) for shards in (3, 20)]
+    assert [server_replies(one) for one in made] == [few, many]
+    finding = check_server_memory(made[1], 2**57)
+    assert advice in finding.advice and f"{many} sizes of a reply" in finding.found
+    assert ("fewer shards" in finding.advice) == (few != many)
+
+
+def test_without_averaged_weights_a_reply_is_half_as_large() -> None:
+    with_ema, without = (check_server_memory(config(**{"ema.decay": decay}), 2**30).found for decay in (0.9, 0))
+    assert float(with_ema.split()[1].replace(",", "")) == 2 * float(without.split()[1].replace(",", ""))
 
 
 def test_memory_grows_with_the_batch_and_holds_at_least_the_optimizer() -> None:
@@ -123,7 +157,7 @@ def test_memory_grows_with_the_batch_and_holds_at_least_the_optimizer() -> None:
     assert data is not None
     model = open_model(config(), data.train.image_shape, 0)
     parameters = sum(p.numel() for p in model.unet.parameters())
-    small, large = (client_memory(config(**{"batch-size": size}), model, data) for size in (8, 16))
+    small, large = (client_memory(config(**{"batch-size": size}), model, data.train.image_shape) for size in (8, 16))
     assert small > 5 * 4 * parameters
     assert large - 20 * parameters == 2 * (small - 20 * parameters)
 

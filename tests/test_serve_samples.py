@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, ret_fl, run_server
-from sample_services import Authority
+from sample_services import Authority, Serving, pictures
 
 from clients import training
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import RunConfig, Scalar, describe
 from ret_fl.samples import access
+from ret_fl.samples.server import Tls
 
 DATA: dict[str, Scalar] = {key: value for key, value in TINY.items() if key.startswith("data.")}
 
@@ -123,6 +125,16 @@ def test_what_would_be_unsafe_or_cannot_work_is_refused(keys: Path, options: lis
     answer = ret_fl("serve-samples", "--port", "0", *[option.format(keys=keys) for option in options])
     assert answer.exit_code == 1
     assert message in answer.output
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_a_certificate_made_by_hand_as_documented_is_one_that_clients_accept(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "samples.md").read_text()
+    (block,) = [part for part in page.split("\n\n") if "openssl req -x509" in part]
+    subprocess.run(["sh", "-euc", block], cwd=tmp_path, capture_output=True, check=True)
+    serving = Serving(tmp_path, pictures(5))
+    with serving.running(Tls(tmp_path / "host.pem", tmp_path / "host.key")):
+        assert serving.access(insecure=False, ca=str(tmp_path / "ca.pem")).describe() == serving.known
 
 
 def test_every_setting_that_a_node_replaces_exists() -> None:

@@ -1,4 +1,4 @@
-"""A certificate authority, the SuperLink's certificate, and SuperNodes' key pairs, as Flower reads them."""
+"""A certificate authority, certificates of SuperLink and sample service, and key pairs, as their readers want them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ret_fl.config import ConfigError
@@ -118,6 +118,23 @@ def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def make_signing_key(path: Path) -> bytes:
+    """The key in `path` (mode 0600) that signs orders for the sample service, made if it is not there.
+
+    Returns the public key that checks them; both PEM. Raises `ConfigError` for a file that holds another kind of key.
+    """
+    if not path.exists():
+        write_private(path, _pem(ed25519.Ed25519PrivateKey.generate()))
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): put it back from your copy, or delete it") from None
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"{path} holds another kind of key: put it back from your copy, or delete it")
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_key().public_bytes(serialization.Encoding.PEM, spki)
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
@@ -155,7 +172,7 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

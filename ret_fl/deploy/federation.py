@@ -1,4 +1,4 @@
-"""The federation file: which host runs the SuperLink, which hosts run SuperNodes, on which GPUs. One file, checked."""
+"""The federation file: which hosts run SuperLink, sample service, and SuperNodes, on which GPUs. One file, checked."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from ret_fl.config import ConfigError
+from ret_fl.deploy.nodeconfig import MOUNTED, checked
 
-ALWAYS_IN_CERTIFICATE = ("localhost", "127.0.0.1", "::1", "superlink")
-"""The SuperLink's own processes call it on loopback; inside Kubernetes it is the service `superlink`."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names in every certificate: a service's own host calls it on loopback."""
 
 EXAMPLE = """\
 # A federation of three hosts: `ret-fl deploy init federation.toml --out kit` makes from it all that the hosts need.
@@ -35,6 +36,12 @@ bind = "0.0.0.0"                  # where it listens
 port = 8000
 data-path = "/srv/ret-fl/data"    # for containers: what is mounted there; runs need it as data.path in any case
 
+# [samples]                         # optional: serves the samples of orders to hosts without data-path
+# host = "data.example.org"         # name or address that SuperNodes connect to; it may be the SuperLink's
+# port = 9443                       # `also` and `bind` as above
+# preset = "run.toml"               # the runs' preset, beside this file: its data settings are served
+# data-path = "/srv/ret-fl/data"    # replaces the preset's data.path on this host
+
 [[hosts]]
 name = "alpha"
 gpus = [0, 1]                     # a SuperNode for each; leave out for one SuperNode on the CPU
@@ -46,6 +53,10 @@ worker = true                     # a process a SuperNode keeps the model betwee
 name = "beta"
 gpus = [0]
 data-path = "/srv/ret-fl/data"
+
+# [hosts.node-config]                      # optional, under its host: further settings of its SuperNodes
+# cache-dir = "/var/cache/ret-fl"          # decoded and fetched images
+# model-folder = "/srv/ret-fl/model"       # where the run's model.init-from lies here
 """
 
 
@@ -71,9 +82,18 @@ def _path(text: str) -> str:
     return text.rstrip("/") or "/"
 
 
+def _beside_the_federation_file(path: Path, info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("folder", ".")) / path
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
 Label = Annotated[str, AfterValidator(_label)]
 Address = Annotated[str, AfterValidator(_address)]
 HostPath = Annotated[str, AfterValidator(_path)]
+NodeConfig = Annotated[dict[str, Any], AfterValidator(checked)]
 
 
 class _Table(BaseModel):
@@ -82,31 +102,53 @@ class _Table(BaseModel):
     )
 
 
-class SuperLink(_Table):
-    """Where the SuperLink is reached and where it listens."""
+class _Service(_Table):
+    """Where something is reached and where it listens. known_as: its name inside Kubernetes."""
 
+    known_as: ClassVar[str]
     host: Address
     also: tuple[Address, ...] = ()
     bind: Address = "0.0.0.0"
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(ge=1, le=65535)
     data_path: HostPath | None = None
 
     @property
     def address(self) -> str:
         """host:port, as SuperNodes and `flwr` want it."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return f"{_bracketed(self.host)}:{self.port}"
 
     @property
     def certificate_names(self) -> list[str]:
         """Every name and address the certificate is for."""
-        return list(dict.fromkeys([self.host, *self.also, *ALWAYS_IN_CERTIFICATE]))
+        return list(dict.fromkeys([self.host, *self.also, *LOOPBACK, self.known_as]))
+
+
+class SuperLink(_Service):
+    """Where the SuperLink is reached and where it listens."""
+
+    known_as = "superlink"
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class Samples(_Service):
+    """The sample service, for hosts without `data_path`. preset: file of the runs' settings, whose data it serves."""
+
+    known_as = "samples"
+    port: int = Field(9443, ge=1, le=65535)
+    preset: Annotated[Path, AfterValidator(_beside_the_federation_file)]
+
+    @property
+    def listens_on(self) -> str:
+        """`bind` as gRPC wants it."""
+        return _bracketed(self.bind)
 
 
 class Host(_Table):
     """A machine with one SuperNode a GPU, or one on its CPU.
 
     SuperNode i listens on loopback port `runtime_port` + i for the client processes it starts. worker: whether these
-    hand their orders to a process that stays (ret_fl/worker).
+    hand their orders to a process that stays (ret_fl/worker). node_config: what else its SuperNodes are told, above
+    what the kit tells them (ret_fl/deploy/nodeconfig.py).
     """
 
     name: Label
@@ -114,6 +156,14 @@ class Host(_Table):
     data_path: HostPath | None = None
     runtime_port: int = Field(9094, ge=1, le=65000)
     worker: bool = True
+    node_config: NodeConfig = Field(default_factory=dict)
+
+    @property
+    def mounts(self) -> dict[str, bool]:
+        """Folders of the host that a container needs -> whether it only reads there."""
+        told = {str(path): MOUNTED[key] for key, path in self.node_config.items() if key in MOUNTED}
+        data = {self.data_path: True} if self.data_path else {}
+        return data | {path: only_read for path, only_read in told.items() if path.startswith("/")}
 
     @model_validator(mode="after")
     def _own_gpus(self) -> Host:
@@ -143,6 +193,7 @@ class Federation(_Table):
     image: str = Field("ret-fl:latest", pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")
     certificate_days: int = Field(397, ge=1, le=3650)
     superlink: SuperLink
+    samples: Samples | None = None
     hosts: tuple[Host, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -151,7 +202,7 @@ class Federation(_Table):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"hosts and their SuperNodes need names of their own: {', '.join(twice)} stands twice")
-        reserved = sorted({host.name for host in self.hosts} & {"superlink", "operator", "ca"})
+        reserved = sorted({host.name for host in self.hosts} & {"superlink", "samples", "operator", "ca"})
         if reserved:
             raise ValueError(f"hosts.name: {', '.join(reserved)} is the name of a folder of the kit, choose another")
         return self
@@ -174,10 +225,13 @@ class Federation(_Table):
         return [node for node in self.supernodes if node.host.name == host.name]
 
 
-def parse_federation(table: dict[str, Any], source: str = "federation") -> Federation:
-    """Check a federation given as TOML's tables. Raises `ConfigError` naming each bad key."""
+def parse_federation(table: dict[str, Any], source: str = "federation", folder: Path = Path()) -> Federation:
+    """Check a federation given as TOML's tables. Raises `ConfigError` naming each bad key.
+
+    folder: where a relative samples.preset lies.
+    """
     try:
-        return Federation.model_validate(table)
+        return Federation.model_validate(table, context={"folder": folder})
     except ValidationError as error:
         lines = [f"{source}: {_where(problem['loc'])}{_what(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
@@ -192,7 +246,7 @@ def read_federation(path: Path) -> Federation:
         raise ConfigError(f"{path}: {error.strerror} (`ret-fl deploy example` prints one to start from)") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return parse_federation(table, str(path))
+    return parse_federation(table, str(path), path.parent)
 
 
 def _where(location: tuple[int | str, ...]) -> str:

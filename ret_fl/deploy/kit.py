@@ -9,8 +9,11 @@ from typing import Any
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ret_fl.deploy.certificates import Authority, make_node_key, write_private
-from ret_fl.deploy.federation import Federation, Host
+from ret_fl.config import ConfigError, RunConfig, Scalar
+from ret_fl.deploy.certificates import Authority, make_node_key, make_signing_key, write_private
+from ret_fl.deploy.federation import Federation, Host, Samples, SuperLink
+from ret_fl.deploy.nodeconfig import node_config
+from ret_fl.settings import read_preset, to_toml
 
 REACTIVATION_SECONDS = HEARTBEAT_DEFAULT_INTERVAL * HEARTBEAT_PATIENCE
 """How long after its last sign of life the SuperLink takes a dead SuperNode for alive, and refuses its successor."""
@@ -24,6 +27,14 @@ _TEMPLATES = Environment(
 )
 
 
+def _told(value: Scalar) -> str:
+    """A value of Flower's node config, inside double quotes of a shell script."""
+    return f'\\"{value}\\"' if isinstance(value, str) else str(value).lower()
+
+
+_TEMPLATES.filters["told"] = _told
+
+
 class Kit:
     """A folder that `write_kit` made: one folder a host, `operator/` for who submits runs, `ca/` to lock away."""
 
@@ -31,6 +42,7 @@ class Kit:
         self.path = path.absolute()
         self.ca = self.path / "ca"
         self.superlink = self.path / "superlink"
+        self.samples = self.path / "samples"
         self.operator = self.path / "operator"
 
     def host(self, host: Host) -> Path:
@@ -39,13 +51,16 @@ class Kit:
 
 
 def write_kit(federation: Federation, out: Path) -> Kit:
-    """Write the federation's kit into `out`; again into the same folder, it keeps authority and SuperNode keys.
+    """Write the federation's kit into `out`; again into the same folder, it keeps authority and keys.
 
-    The SuperLink's certificate and key are made anew each time, which is how they are renewed. Raises `ConfigError`
-    if the authority or a key found there cannot be used.
+    The keys kept are those of SuperNodes, and the one that signs orders. Certificates of SuperLink and sample service,
+    with theirs, are made anew each time, which is how they are renewed. Raises `ConfigError` if the authority or a key
+    found there, or the preset of the sample service, cannot be used.
     """
-    kit = Kit(out)
-    for folder in (kit.path, kit.superlink, kit.operator, *map(kit.host, federation.hosts)):
+    kit, samples = Kit(out), federation.samples
+    preset = _served(samples) if samples else ""
+    served = [kit.samples] if samples else []
+    for folder in (kit.path, kit.superlink, *served, kit.operator, *map(kit.host, federation.hosts)):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     if federation.tls:
@@ -53,9 +68,19 @@ def write_kit(federation: Federation, out: Path) -> Kit:
     _render("start-superlink", kit.superlink / "start", federation, executable=True)
     _render("ret-fl-superlink.service", kit.superlink / "ret-fl-superlink.service", federation)
     _render("compose-superlink.yaml", kit.superlink / "compose.yaml", federation)
+    if samples:
+        (kit.samples / "verify-key.pem").write_bytes(make_signing_key(kit.superlink / "signing-key.pem"))
+        (kit.samples / "preset.toml").write_text(preset, encoding="utf-8")
+        _render("start-samples", kit.samples / "start", federation, executable=True)
+        _render("ret-fl-samples.service", kit.samples / "ret-fl-samples.service", federation)
+        _render("compose-samples.yaml", kit.samples / "compose.yaml", federation)
     for host in federation.hosts:
         folder = kit.host(host)
-        about: dict[str, Any] = {"host": host, "nodes": federation.on(host)}
+        about: dict[str, Any] = {
+            "host": host,
+            "nodes": federation.on(host),
+            "node_config": node_config(federation, host),
+        }
         _render("start-supernode", folder / "start", federation, executable=True, **about)
         _render("ret-fl-supernode.service", folder / "ret-fl-supernode@.service", federation, **about)
         _render("compose-supernodes.yaml", folder / "compose.yaml", federation, **about)
@@ -66,11 +91,27 @@ def write_kit(federation: Federation, out: Path) -> Kit:
     return kit
 
 
+def _served(samples: Samples) -> str:
+    """The preset of the sample service, as TOML: the runs' settings, with the data where it lies on its host."""
+    try:
+        settings = read_preset(samples.preset)
+        if samples.data_path:
+            settings["data.path"] = samples.data_path
+        RunConfig.from_flat(settings)
+    except ConfigError as error:
+        raise ConfigError(f"samples.preset {samples.preset}: {error}") from None
+    return to_toml(settings)
+
+
 def _write_secrets(federation: Federation, kit: Kit) -> None:
     authority = Authority.open(kit.ca, federation.name)
-    certificate, key = authority.issue(federation.superlink.certificate_names, federation.certificate_days)
-    (kit.superlink / "server.pem").write_bytes(certificate)
-    write_private(kit.superlink / "server.key", key)
+    services: dict[Path, SuperLink | Samples] = {kit.superlink: federation.superlink}
+    if federation.samples:
+        services[kit.samples] = federation.samples
+    for folder, service in services.items():
+        certificate, key = authority.issue(service.certificate_names, federation.certificate_days)
+        (folder / "server.pem").write_bytes(certificate)
+        write_private(folder / "server.key", key)
     for folder in (kit.superlink, kit.operator, *map(kit.host, federation.hosts)):
         shutil.copyfile(kit.ca / "ca.crt", folder / "ca.crt")
     public_keys = kit.operator / "keys"

@@ -49,12 +49,17 @@ def data_read(config: RunConfig) -> DataConfig:
     return config.data.model_copy(update={"captions": "", "caption_column": ""})
 
 
-def require_captions(config: RunConfig, train: SampleStore) -> None:
-    """Raise `ConfigError` where model and data do not go together as text-to-image training."""
+def require_captions(config: RunConfig, train: SampleStore | None) -> None:
+    """Raise `ConfigError` where model and data do not go together as text-to-image training.
+
+    train: None where a sample service has the data.
+    """
     if config.model.init_from and not Path(config.model.init_from).is_dir():
         raise ConfigError(f"model.init-from: {config.model.init_from} is no folder here: download the pipeline first")
     text = is_stable_diffusion(config.model.init_from)
-    if text and train.captions is None:
+    if text and config.service.address:
+        raise ConfigError("service.address: a sample service serves no captions, give each node the data itself")
+    if text and (train is None or train.captions is None):
         raise ConfigError(
             f"model.init-from: {config.model.init_from} draws from text, and the data has no captions: put "
             "captions.json into the image folder (data.captions), or name the column of an hf dataset in "
@@ -65,8 +70,6 @@ def require_captions(config: RunConfig, train: SampleStore) -> None:
             "aggregate-every=0 keeps a whole pipeline a shard, and images cannot be drawn from several text-to-image "
             "pipelines: set aggregate-every=1 or more"
         )
-    if text and config.service.address:
-        raise ConfigError("service.address: a sample service serves no captions, give each node the data itself")
     if config.lora.rank and not text:
         raise ConfigError("lora.rank: only a StableDiffusionPipeline in model.init-from gets adapters")
 
