@@ -112,7 +112,7 @@ def _sums(folder: Path) -> str:
     """What SHA256SUMS says of the other files of a checkpoint."""
     lines = []
     for path in sorted(folder.iterdir()):
-        if path.name != SUMS:
+        if path.name != SUMS and not path.name.startswith("."):  # hidden ones are a file manager's
             with path.open("rb") as file:
                 lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
     return "".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -23,6 +24,9 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 ARRAYS, METRICS, ORDER, SAMPLES, REPORT = "arrays", "metrics", "order", "samples", "report"
 NUM_EXAMPLES = "num-examples"
 CLIPPING = "clipping"
+
+RUN_KEY = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+"""A run's key is the name of a folder on every client: the server makes 32 hexadecimal digits."""
 
 
 class ProtocolError(ValueError):
@@ -63,6 +67,7 @@ def _get(record: RecordDict, key: str) -> ArrayRecord:
 class TrainOrder:
     """What a client needs to train one shard for one round; it needs nothing from earlier rounds.
 
+    run_key: names the run, and the folder of its files on a client: `RUN_KEY`.
     ids: int64 [n], samples of the shard; probability: float32 [n] in [0, 1], of visiting each in a pass;
     strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio, usual: float32 [n], NaN unknown;
     bank_values: float32 [T or bins] and bank_visits: int64, the shard's loss bank.
@@ -129,6 +134,9 @@ class TrainOrder:
         ]
         if missing:
             raise ProtocolError(f"the order lacks {', '.join(missing)}: do server and client run the same ret-fl?")
+        key = scalars["run_key"]
+        if not (isinstance(key, str) and RUN_KEY.fullmatch(key)):
+            raise ProtocolError(f"the order's run_key {key!r:.80} is not the key of a run")
         config = RunConfig.from_flat(json.loads(str(scalars.pop("config"))))
         fields = {k: scalars[k] for k in cls._SCALARS} | {k: samples[k] for k in cls._SAMPLES}
         order = cls(config=config, **fields)  # type: ignore[arg-type]
