@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Federation
+from disks import no_file_beyond
 from federations import Recorder, assert_equal_states
 from flwr.app import Context, Message, MessageType
 from orders import assert_equal_moments
@@ -87,17 +86,6 @@ def test_a_damaged_file_is_a_missing_one_and_says_so(
 def test_nothing_is_missed_before_the_first_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert ProxyFiles(tmp_path, "run").load(0, 0) is None
     assert not caplog.text
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """The system refuses to write files beyond so many bytes: they break off there, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def files_in(folder: Path) -> list[str]:
