@@ -27,6 +27,7 @@ from ret_fl.files import sync
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.rounds import ShardState
+from ret_fl.rundir import resume_command
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         size = sum(value.nbytes for value in checkpoint.weights.values()) * (1 + proxies)
         raise CheckpointError(
             f"the checkpoint of round {checkpoint.round} cannot be written to {folder}: {error}. It takes about "
-            f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then `ret-fl run "
-            f"--resume {folder.parent}` goes on after the last"
+            f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then "
+            f"`{resume_command(folder.parent)}` goes on after the last"
         ) from error
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
