@@ -20,7 +20,7 @@ LOCK_SECONDS = 0.2
 
 
 def resume_command(folder: str | Path) -> str:
-    """The command that goes on with the run in `folder`, for whoever started this process: a deployment, or `ret-fl`."""
+    """The command that goes on with the run in `folder`, for who started this process: a deployment, or `ret-fl`."""
     if Path(sys.argv[0]).name == "flwr-serverapp":  # a simulation's process is flwr-simulation
         return f"flwr run . --stream --run-config 'resume=\"{folder}\"'"
     return f"ret-fl run --resume {folder}"
