@@ -7,7 +7,7 @@ started with its own settings (`flower-supernode --node-config`), which replace 
 from __future__ import annotations
 
 from functools import lru_cache
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ret_fl.loading import require_plugins
 from ret_fl.plugins import AUGMENTERS, GATES
 from ret_fl.protocol import Hello, TrainOrder
 from ret_fl.proxy import train_proxy
-from ret_fl.proxystate import ProxyFiles
+from ret_fl.proxystate import ProxyFiles, ProxyState
 from ret_fl.samples.access import open_access
 from ret_fl.samples.records import Description
 from ret_fl.speed import images_per_second
@@ -80,6 +80,20 @@ def _limit_threads(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
 
 
+def _keep(files: ProxyFiles, order: TrainOrder, state: ProxyState, rounds: int) -> None:
+    """Keep a proxy's state for its next round. Raises `OSError` where that fails and its weights are not sent."""
+    try:
+        files.save(order.shard, order.round, state, keep=rounds)
+    except OSError as error:
+        if not order.upload:
+            raise
+        told = (
+            "shard %d, round %d: Adam's moments cannot be kept (%s) and start fresh in the next round: make room "
+            "there, or name another folder (state-dir in the node config)"
+        )
+        log(WARNING, told, order.shard, order.round, error)
+
+
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Say which partition, device and data this node has, and how fast it is where shards are dealt by speed."""
@@ -122,7 +136,7 @@ def train(message: Message, context: Context) -> Message:
     log(INFO, "%s", as_text("order begun", where | {"samples": len(order.ids)}))
     trained = train_proxy(trainer, order, weights, samples, known.kind, state)
     if config.optimizer.carry_moments or not order.upload:
-        files.save(order.shard, order.round, trained.state, keep=config.keep_checkpoints)
+        _keep(files, order, trained.state, config.keep_checkpoints)
     told = trained.report
     done = {"images": told.images, "seconds": told.seconds, "loss": told.loss, "skip_rate": told.skip_rate}
     log(INFO, "%s", as_text("order done", where | done))

@@ -2,16 +2,17 @@
 
 Where proxies are never averaged, weights.safetensors is their common start, and shard-0.safetensors and so on are they.
 
-A checkpoint is written beside its place, flushed to disk and then renamed, so a folder that is there is whole. If the
-newest one cannot be read all the same, the one before it is used.
+A checkpoint is written beside its place, flushed to disk and then renamed, so a folder that is there is whole.
+SHA256SUMS (as `sha256sum --check` reads it) tells whether it still is what was written; if the newest one is not, or
+cannot be read, the one before it is used. Checkpoints of earlier versions have no sums and are read as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +24,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ret_fl.files import sync
-from ret_fl.ledger import LedgerError, ShardLedger
+from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.rounds import ShardState
+from ret_fl.rundir import resume_command
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile, SafetensorError, LedgerError)
-
-
-BASE = "base.safetensors"
+BASE, SUMS = "base.safetensors", "SHA256SUMS"
 
 
 class CheckpointError(RuntimeError):
@@ -76,8 +75,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         size = sum(value.nbytes for value in checkpoint.weights.values()) * (1 + proxies)
         raise CheckpointError(
             f"the checkpoint of round {checkpoint.round} cannot be written to {folder}: {error}. It takes about "
-            f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then `ret-fl run "
-            f"--resume {folder.parent}` goes on after the last"
+            f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then "
+            f"`{resume_command(folder.parent)}` goes on after the last"
         ) from error
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
@@ -104,8 +103,20 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen", "base")}
     state["proxies"] = list(own)
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    (folder / SUMS).write_text(_sums(folder))
     for file in folder.iterdir():
         sync(file)
+    sync(folder)
+
+
+def _sums(folder: Path) -> str:
+    """What SHA256SUMS says of the other files of a checkpoint."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMS and not path.name.startswith("."):  # hidden ones are a file manager's
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
 
 
 def _save_weights(weights: State, path: Path) -> None:
@@ -130,9 +141,10 @@ def checkpoints(folder: Path) -> Iterator[Checkpoint]:
     """Every checkpoint, oldest first. Raises `CheckpointError` for a damaged one."""
     for path in reversed(_folders(folder)):
         try:
-            yield _load(path)
-        except UNREADABLE as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            checkpoint = _load(path)
+        except Exception as error:  # readers of damaged files raise anything
+            raise CheckpointError(f"{path} cannot be read: {_told(error)}") from error
+        yield checkpoint
 
 
 def load_latest(folder: Path) -> Checkpoint:
@@ -141,13 +153,29 @@ def load_latest(folder: Path) -> Checkpoint:
     for path in _folders(folder):
         try:
             return _load(path)
-        except UNREADABLE as error:
-            log.warning("checkpoint %s cannot be read (%s): trying the one before it", path.name, error)
-            problems.append(f"{path.name}: {error}")
+        except Exception as error:  # readers of damaged files raise anything
+            log.warning("checkpoint %s cannot be read (%s): trying the one before it", path.name, _told(error))
+            problems.append(f"{path.name}: {_told(error)}")
     raise CheckpointError(f"no checkpoint in {folder} to go on from. {'; '.join(problems)}".rstrip())
 
 
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _refuse_damaged(path: Path) -> None:
+    """Raise `CheckpointError` if a checkpoint's files are not those that were written; without sums none can tell."""
+    if not (path / SUMS).exists():
+        return
+    written, there = (path / SUMS).read_bytes(), _sums(path).encode()
+    if written != there:
+        differ = set(written.splitlines()) ^ set(there.splitlines())
+        names = ", ".join(sorted({line.rpartition(b" ")[2].decode(errors="replace") for line in differ}))
+        raise CheckpointError(f"not what was written (SHA-256): {names or SUMS}")
+
+
 def _load(path: Path) -> Checkpoint:
+    _refuse_damaged(path)
     state: Mapping[str, Any] = json.loads((path / "state.json").read_text())
     with np.load(path / "banks.npz", allow_pickle=False) as banks:
         shards = [

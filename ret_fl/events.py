@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import time
-from logging import INFO, getLevelName
+from logging import INFO, WARNING, getLevelName
 from pathlib import Path
 from typing import Any
 
 from flwr.common.logger import log
 
-from ret_fl.files import as_line
+from ret_fl.files import append_line
 
 JOINED, REFUSED, GONE, BACK = "node joined", "node refused", "node gone", "node back"
 SENT, ANSWERED, FAILED, TRAINED = "order sent", "order answered", "order failed", "shard trained"
@@ -39,14 +39,19 @@ class Journal:
         level: int = INFO,
         **more: object,
     ) -> None:
-        """One event. `more` must be JSON, but for NaN, which the file has as null; lists go to the file only."""
+        """One event. `more` must be JSON, but for NaN, which the file has as null; lists go to the file only.
+
+        A file that cannot be written (a full disk) is said in the log, and ends no run.
+        """
         where = {k: v for k, v in (("round", round), ("shard", shard), ("node", node)) if v is not None}
         log(level, "%s", as_text(event, {"run": self.run} | where | more))
         if self.path is None:
             return
         entry = {"time": time.time(), "level": getLevelName(level), "event": event, "run": self.run} | where | more
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(as_line(entry))
+        try:
+            append_line(self.path, entry)
+        except OSError as error:
+            log(WARNING, "%s cannot be written (%s): ret-fl status will lack an event. Make room", self.path, error)
 
 
 def as_text(event: str, fields: Event) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def user_cache(name: str) -> Path:
@@ -45,9 +48,39 @@ def _told(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that a run is writing, without a half-written last line; none without the file."""
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Append an entry to a .jsonl file, on a line of its own also where a full disk or power cut has torn the last."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(as_line(entry).encode())
+
+
+def read_lines(path: Path, *, skip_torn: bool = False) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that a run is writing, without a half-written last line; none without the file.
+
+    skip_torn: leave out lines that are no objects, as `append_line` leaves them, and say so in the log (level DEBUG:
+    who watches a run reads them again and again). Else raises ValueError.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    if not skip_torn:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        entry = _parsed(line)
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
+            log.debug("%s: line %d is torn", path, number)
+    return entries
+
+
+def _parsed(line: str) -> object:
+    """What a line says, None if it is no JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -41,7 +41,7 @@ class RunProgress:
 
     def __init__(self, run: RunDir, total: int, *, quiet: bool = False) -> None:
         self.run, self.total, self.quiet = run, total, quiet
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False, emoji=False)  # failures are told in a node's own words
         self.shown = len(run.rows())
         self.said_drawing = False
         self.bar = Progress(

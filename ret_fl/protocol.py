@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -23,6 +24,13 @@ Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 ARRAYS, METRICS, ORDER, SAMPLES, REPORT = "arrays", "metrics", "order", "samples", "report"
 NUM_EXAMPLES = "num-examples"
 CLIPPING = "clipping"
+
+RUN_KEY = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
+"""A run's key is the name of a folder on every client: the server makes 32 hexadecimal digits."""
+
+
+STARTS, MOMENTS = ("global", "proxy", "sent"), ("carried", "fresh")
+"""What a report may say that training began from, and of Adam's moments."""
 
 
 class ProtocolError(ValueError):
@@ -63,6 +71,7 @@ def _get(record: RecordDict, key: str) -> ArrayRecord:
 class TrainOrder:
     """What a client needs to train one shard for one round; it needs nothing from earlier rounds.
 
+    run_key: names the run, and the folder of its files on a client: `RUN_KEY`.
     ids: int64 [n], samples of the shard; probability: float32 [n] in [0, 1], of visiting each in a pass;
     strength: float32 [n] in [0, 1], next-visit augmentation; log_ratio, usual: float32 [n], NaN unknown;
     bank_values: float32 [T or bins] and bank_visits: int64, the shard's loss bank.
@@ -129,6 +138,9 @@ class TrainOrder:
         ]
         if missing:
             raise ProtocolError(f"the order lacks {', '.join(missing)}: do server and client run the same ret-fl?")
+        key = scalars["run_key"]
+        if not (isinstance(key, str) and RUN_KEY.fullmatch(key)):
+            raise ProtocolError(f"the order's run_key {key!r:.80} is not the key of a run")
         config = RunConfig.from_flat(json.loads(str(scalars.pop("config"))))
         fields = {k: scalars[k] for k in cls._SCALARS} | {k: samples[k] for k in cls._SAMPLES}
         order = cls(config=config, **fields)  # type: ignore[arg-type]
@@ -245,8 +257,9 @@ class TrainReport:
         if not np.isfinite([v for k, v in values.items() if not (silent and k == "loss")]).all():
             raise ProtocolError(f"the report's metrics are not finite: {values}")
         weight = cast(float, metrics[NUM_EXAMPLES])
-        if not 0 < weight < float("inf"):
+        if not 0 < weight < float("inf") or weight % 1:
             raise ProtocolError(f"the report counts {weight} examples")
+        cls._check_values(scalars, values)
         odd = [k for k in cls._ARRAYS if arrays[k].ndim != 1 or arrays[k].dtype.kind != "if"[k not in cls._INTEGERS]]
         if odd:
             raise ProtocolError(f"the report's {', '.join(odd)} are not columns of whole numbers, or of floats")
@@ -264,6 +277,22 @@ class TrainReport:
             **{k: arrays[k] for k in cls._ARRAYS},  # type: ignore[arg-type]
         )
         return report, find(record, ARRAYS, ArrayRecord)
+
+    @staticmethod
+    def _check_values(scalars: ConfigRecord, values: dict[str, float]) -> None:
+        """Raise `ProtocolError` for a value that no training comes to."""
+        odd = [f"{key} is {scalars[key]!r:.40}" for key in ("shard", "round") if type(scalars[key]) is not int]
+        for key, known in (("start", STARTS), ("moments", MOMENTS)):
+            odd += [f"{key} is {scalars[key]!r:.40}"] if scalars[key] not in known else []
+        sound = {
+            "images": values["images"] >= 0 and not values["images"] % 1,
+            "seconds": values["seconds"] >= 0,
+            "skip_rate": 0 <= values["skip_rate"] <= 1,
+            "spread": values["spread"] >= 0,
+        }
+        odd += [f"{key} is {values[key]:g}" for key, right in sound.items() if not right]
+        if odd:
+            raise ProtocolError(f"impossible values in the report: {', '.join(odd)}")
 
 
 def base_content(weights: ArrayRecord, report: TrainReport, *, private: bool = False) -> RecordDict:
@@ -332,7 +361,14 @@ class Hello:
 
     @classmethod
     def unpack(cls, record: RecordDict) -> Hello:
+        """Raises `ProtocolError` for what is none."""
         told = find(record, ORDER, ConfigRecord)
         if told is None or set(told) != set(cls.__dataclass_fields__):
             raise ProtocolError(f"not a hello: it has {sorted(record)}")
+        kinds = {"partition": int, "device": str, "fingerprint": str, "samples": int, "images_per_second": float}
+        odd = [f"{key} is {told[key]!r:.40}" for key, kind in kinds.items() if type(told[key]) is not kind]
+        if not odd and not 0 <= cast(float, told["images_per_second"]) < float("inf"):
+            odd = [f"images_per_second is {told['images_per_second']!r}"]
+        if odd:
+            raise ProtocolError(f"not a hello: {', '.join(odd)}")
         return cls(**dict(told))  # type: ignore[arg-type]

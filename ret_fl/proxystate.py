@@ -1,12 +1,14 @@
 """What a client keeps of a proxy between rounds, in a local file: Adam's moments, and unaggregated weights.
 
 Nothing here is irreplaceable: a client without the file starts from the global weights with fresh moments. Files are
-keyed by run, shard and round, so a resumed run finds exactly the state of the round it goes on from.
+keyed by run, shard and round, so a resumed run finds exactly the state of the round it goes on from. Those of other
+runs are deleted `FORGET_DAYS` after they were last written to.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 
 NAMES, EIGHT_BIT_NAMES = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
 """What torch and bitsandbytes call the moments."""
+FORGET_DAYS = 14
+"""A run that was not trained here for so long is taken for ended: resumed all the same, its moments start fresh."""
+_FILES = "shard-[0-9]*/round-[0-9]*.*"
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,11 @@ class ProxyFiles:
         return ProxyState(moments, weights or None)
 
     def save(self, shard: int, round: int, state: ProxyState, keep: int) -> None:
-        """Write atomically, and drop states more than `keep` rounds old."""
+        """Write atomically; drop states more than `keep` rounds old, and runs of `FORGET_DAYS` ago.
+
+        Raises `OSError` if it cannot be written (a full disk); no part is left.
+        """
+        self._forget_old_runs()
         path = self._path(shard, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         moments = state.moments
@@ -130,11 +139,32 @@ class ProxyFiles:
         tensors |= {f"weights.{k}": torch.from_numpy(v) for k, v in (state.weights or {}).items()}
         temporary = path.with_suffix(".tmp")
         meta = {"step": str(moments.step), "updates": str(moments.updates)}
-        save_file(tensors, temporary, metadata=meta | ({"eight-bit": "yes"} if moments.scales is not None else {}))
-        temporary.replace(path)
+        meta |= {"eight-bit": "yes"} if moments.scales is not None else {}
+        try:
+            save_file(tensors, temporary, metadata=meta)
+            temporary.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
         for old in path.parent.glob("round-*.safetensors"):
             if int(old.stem.removeprefix("round-")) < round - keep:
                 old.unlink(missing_ok=True)
+
+    def _forget_old_runs(self) -> None:
+        """Delete the files of other runs that were not written to for `FORGET_DAYS`, and nothing else."""
+        oldest = time.time() - FORGET_DAYS * 86400
+        try:
+            for other in self.folder.parent.glob("*"):
+                files = list(other.glob(_FILES)) if other != self.folder else []
+                if files and max(file.stat().st_mtime for file in files) < oldest:
+                    log.info("%s: the state of a run of more than %d days ago, deleted", other, FORGET_DAYS)
+                    for file in files:
+                        file.unlink()
+                    for folder in (*{file.parent for file in files}, other):
+                        folder.rmdir()
+        except OSError as error:  # another process may be at it
+            log.warning("states of old runs in %s are not deleted: %s", self.folder.parent, error)
 
 
 def _nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

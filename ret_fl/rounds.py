@@ -113,6 +113,10 @@ def check_reply(
         raise ProtocolError(f"it answers round {report.round}")
     if report.num_examples != len(order.ids):
         raise ProtocolError(f"it counts {report.num_examples} examples, the order had {len(order.ids)}")
+    least, most = _images(order)
+    if not least <= report.images <= most:
+        asked = f"{least}" if least == most else f"{least} to {most}"
+        raise ProtocolError(f"it says that it trained on {report.images} images, the order asked for {asked}")
     if order.config.private and not report.is_silent(order):
         raise ProtocolError(f"it tells of its samples, which dp.mode={order.config.dp.mode} forbids")
     if not order.config.private and np.isnan(report.loss):
@@ -130,6 +134,14 @@ def check_reply(
         raise ProtocolError("it skips more than it draws (level_skips, level_draws)")
     if order.upload:
         _check_weights(weights, expected)
+
+
+def _images(order: TrainOrder) -> tuple[int, int]:
+    """How many images a client trains on for an order, at least and at most."""
+    visits = order.config.visits(len(order.ids))
+    # a draw waits for a second look (all), or has had one already (band)
+    bounds = {"two-pass-all": (0, visits), "two-pass-band": (visits, 2 * visits)}
+    return bounds.get(order.config.taa.mode, (visits, visits))
 
 
 def _check_weights(weights: ArrayRecord | None, expected: ArrayRecord) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ from ret_fl.config import ConfigError, RunConfig
 from ret_fl.files import read_lines, write_atomically
 
 LOCK_SECONDS = 0.2
+
+
+def resume_command(folder: str | Path) -> str:
+    """The command that goes on with the run in `folder`, for who started this process: a deployment, or `ret-fl`."""
+    if Path(sys.argv[0]).name == "flwr-serverapp":  # a simulation's process is flwr-simulation
+        return f"flwr run . --stream --run-config 'resume=\"{folder}\"'"
+    return f"ret-fl run --resume {folder}"
 
 
 class RunDir:

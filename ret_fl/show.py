@@ -30,9 +30,9 @@ def show_run(path: Path) -> None:
     """Print settings, rounds, shards, and the samples at both ends of the losses."""
     run = RunDir.existing(path)
     config, rows, ledger = run.read_config(), run.rows(), _ledger(run)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # failures are told in a node's own words
     changed = off_default(config)
-    console.print(f"[bold]{run.path}[/]")
+    console.print(str(run.path), style="bold")
     console.print("settings off their defaults: " + (", ".join(f"{s.key}={s.value}" for s in changed) or "none"))
     if not rows:
         console.print("no round is finished")

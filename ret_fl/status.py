@@ -15,6 +15,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ret_fl.config import ConfigError
 from ret_fl.engines import flower_environment
@@ -88,7 +89,7 @@ class RunStatus:
 
 def read_status(run: RunDir) -> RunStatus:
     """The state of a run now. Raises `ConfigError` if its config cannot be read."""
-    config, rows, events = run.read_config(), run.rows(), read_lines(run.events)
+    config, rows, events = run.read_config(), run.rows(), read_lines(run.events, skip_torn=True)
     # a resumed run is another one to Flower, with nodes of its own
     events = [e for e in events if e["run"] == events[-1]["run"]]
     shards = {shard: ShardStatus(shard) for shard in range(config.shards)}
@@ -144,24 +145,27 @@ def _tell_shard(shard: ShardStatus, event: Event) -> None:
 
 
 def render(status: RunStatus) -> Group:
-    """The status as tables that fit 80 columns, ages as of now. Shards name a node by its partition, which is short."""
+    """The status as tables that fit 80 columns, ages as of now. Shards name a node by its partition, which is short.
+
+    What nodes say is shown as it is: no markup of Rich's, no control codes of a terminal.
+    """
     now = time.time()
     shards = _table("shards", ("shard", "on partition", "samples", "loss", "skipped"), ("state", "since"))
     for s in status.shards.values():
         node = status.nodes.get(s.node) if s.node is not None else None
         shards.add_row(
             str(s.shard), _text(node.partition if node else None), _text(s.samples), _text(s.loss, ".4f"),
-            _text(s.skip_rate, ".1%"), s.state, _age(now, s.seen),
+            _text(s.skip_rate, ".1%"), _said(s.state), _age(now, s.seen),
         )  # fmt: skip
     nodes = _table("nodes", ("partition", "images/s"), ("device", "state", "last answer", "node"))
     for n in sorted(status.nodes.values(), key=lambda n: (n.partition is None, n.partition)):
         style = None if n.there else "red"
         nodes.add_row(
-            _text(n.partition), _rate(n.speed), n.device, n.state, _age(now, n.seen), str(n.node), style=style
+            _text(n.partition), _rate(n.speed), _said(n.device), n.state, _age(now, n.seen), str(n.node), style=style
         )
     failures = [f"  {_age(now, e['time'])} ago: {_failure(e)}" for e in status.failures[-5:]]
     trouble = [f"{len(status.failures)} failures, the last:", *failures] if failures else []
-    return Group(_headline(status, now), "", shards, nodes, *trouble)
+    return Group(Text(_headline(status, now)), "", shards, nodes, *map(_said, trouble))
 
 
 def _table(title: str, numbers: Sequence[str], words: Sequence[str]) -> Table:
@@ -200,6 +204,11 @@ def _headline(status: RunStatus, now: float) -> str:
     return text
 
 
+def _said(value: object) -> Text:
+    """What another machine said, taken for nothing but text."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "?" for c in str(value)))
+
+
 def _text(value: object, form: str = "") -> str:
     return "-" if value is None else format(value, form)
 
@@ -230,7 +239,7 @@ def superlink_status(connection: str) -> Group:
     for run in runs:
         table.add_row(
             f"{run['compute-time']['clientapp-seconds']:,.0f}", f"{run['network-traffic']['total-bytes'] / 1e6:,.1f}",
-            _elapsed(run["elapsed"]), str(run["run-id"]), str(run["fab-name"]), _run_state(run),
+            _elapsed(run["elapsed"]), str(run["run-id"]), _said(run["fab-name"]), _said(_run_state(run)),
         )  # fmt: skip
     there = _table("SuperNodes", (), ("node", "status", "online since", "for"))
     for node in nodes:

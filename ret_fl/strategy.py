@@ -43,6 +43,7 @@ from ret_fl.redistribution import (
 )
 from ret_fl.roster import FederationError, Roster
 from ret_fl.rounds import RoundSummary, ShardState, check_reply
+from ret_fl.rundir import resume_command
 from ret_fl.samples.grants import Signer
 
 
@@ -380,7 +381,7 @@ class RedistributeEnsemble(Strategy):
         return moves
 
     def _how_to_resume(self) -> str:
-        return f"The last finished round is kept: go on with `ret-fl run --resume {self.config.out or 'RUN_DIR'}`"
+        return f"The last finished round is kept: go on with `{resume_command(self.config.out or 'RUN_DIR')}`"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

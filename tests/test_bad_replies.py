@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import PLAIN, TINY, Federation, make_federation
+from conftest import PLAIN, TINY, Federation, fresh_weights, make_federation
 from federations import UNEQUAL, Recorder, furthest, spoiling
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from orders import SKIP_ALL, make_order, taa, train
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
 from ret_fl.packing import pack_state, unpack_state
-from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, ORDER, REPORT, TrainOrder
+from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, ORDER, REPORT, ProtocolError, TrainOrder
+from ret_fl.rounds import ShardState, check_reply
 from ret_fl.strategy import FederationError
 
 Tiny = Callable[..., RunConfig]
@@ -33,19 +36,19 @@ def edited(key: str, change: Callable[[dict], dict]) -> Callable[[Message, Messa
 
 
 def array(name: str, change: Callable[[np.ndarray], np.ndarray], key: str = REPORT) -> Callable:
-    def replace(items: dict) -> dict:
+    def with_other(items: dict) -> dict:
         columns = unpack_state(ArrayRecord(items))
         return dict(pack_state(columns | {name: change(columns[name])}))
 
-    return edited(key, replace)
+    return edited(key, with_other)
 
 
 def first_weight(change: Callable[[np.ndarray], np.ndarray]) -> Callable:
-    def replace(items: dict) -> dict:
+    def with_other(items: dict) -> dict:
         name = next(iter(items))
         return items | {name: Array(change(items[name].numpy()))}
 
-    return edited(ARRAYS, replace)
+    return edited(ARRAYS, with_other)
 
 
 def everyone_is_high_loss(request: Message, reply: Message) -> None:
@@ -74,6 +77,14 @@ def with_nan(values: np.ndarray) -> np.ndarray:
 
 def raising(request: Message, reply: Message) -> Message:
     raise RuntimeError("this disk is full")
+
+
+def scalar(**changes: object) -> Callable[[Message, Message], None]:
+    return edited(ORDER, lambda s: s | changes)
+
+
+def metric(name: str, change: Callable[[float], float]) -> Callable[[Message, Message], None]:
+    return edited(METRICS, lambda m: m | {name: change(m[name])})
 
 
 def of_another_shard(request: Message, reply: Message) -> None:
@@ -115,6 +126,25 @@ FAULTS: dict[str, tuple[Callable[[Message, Message], Message | None], str]] = {
     "too many examples": (edited(METRICS, lambda m: m | {NUM_EXAMPLES: 10**9}), "1000000000 examples"),
     "infinite examples": (edited(METRICS, lambda m: m | {NUM_EXAMPLES: float("inf")}), "inf examples"),
     "NaN metrics": (edited(METRICS, lambda m: m | {"loss": float("nan")}), "not finite"),
+    "a start that is bytes": (scalar(start=b"x"), "start is b'x'"),
+    "a start that is no word of ours": (scalar(start="elsewhere"), "start is 'elsewhere'"),
+    "a start that is a list": (scalar(start=["global"]), "start is ['global']"),
+    "moments that are a number": (scalar(moments=1), "moments is 1"),
+    "moments that are no word of ours": (scalar(moments="\x1b[31m"), "moments is"),
+    "a shard that is a word": (scalar(shard="1"), "shard is '1'"),
+    "a shard that is a truth": (scalar(shard=True), "shard is True"),
+    "a round that is a fraction": (scalar(round=1.0), "round is 1.0"),
+    "a round that is bytes": (scalar(round=b"1"), "round is b'1'"),
+    "more images than asked for": (metric("images", lambda n: n + 1), "trained on"),
+    "fewer images than asked for": (metric("images", lambda n: n - 1), "trained on"),
+    "1e15 images": (metric("images", lambda _: 1e15), "trained on 1000000000000000 images, the order asked for"),
+    "half an image": (metric("images", lambda n: n + 0.5), "images is"),
+    "fewer than no images": (metric("images", lambda _: -1.0), "images is -1"),
+    "less than no time": (metric("seconds", lambda _: -1.0), "seconds is -1"),
+    "fewer than no skips": (metric("skip-rate", lambda _: -7.0), "skip_rate is -7"),
+    "more skips than visits in all": (metric("skip-rate", lambda _: 1.5), "skip_rate is 1.5"),
+    "a negative spread": (metric("spread", lambda _: -0.1), "spread is -0.1"),
+    "a part of an example": (metric(NUM_EXAMPLES, lambda n: n + 0.5), "5 examples"),
     "another program's reply": (lambda request, _: Message(RecordDict({"a": ConfigRecord({})}), reply_to=request),
                                 "not a training report"),
 }  # fmt: skip
@@ -236,6 +266,52 @@ def test_a_huge_learning_rate_stops_the_run_with_its_remedy(tiny: Tiny, federate
     config = tiny(PLAIN, {"optimizer.lr": 1e12, "optimizer.warmup-steps": 0, "local-epochs": 4})
     with pytest.raises(FederationError, match=r"ProxyDivergedError.*optimizer\.lr"):
         federate(config).run()
+
+
+BAD_HELLOS: dict[str, dict[str, object]] = {
+    "partition": {"partition": "one"},
+    "device": {"device": b"cpu"},
+    "fingerprint": {"fingerprint": 7},
+    "samples": {"samples": 24.5},
+    "images_per_second": {"images_per_second": float("nan")},
+}
+
+
+@pytest.mark.parametrize(("key", "changed"), BAD_HELLOS.items(), ids=BAD_HELLOS.keys())
+def test_a_node_with_a_malformed_hello_gets_no_work(
+    tiny: Tiny, federate: Federate, flower_log: pytest.LogCaptureFixture, key: str, changed: dict[str, object]
+) -> None:
+    trained: set[int] = set()
+
+    def client(message: Message, context: Context) -> Message:
+        reply = client_app(message, context)
+        if message.metadata.message_type == MessageType.TRAIN:
+            trained.add(context.node_id)
+        elif context.node_config["partition-id"] == 1:
+            edited(ORDER, lambda told: told | changed)(message, reply)
+        return reply
+
+    fed = federate(tiny({"num-server-rounds": 1, "min-nodes": 1}), client)
+    fed.run()
+    assert not fed.rounds[0].failures
+    assert len(trained) == 1
+    assert f"not a hello: {key} is" in flower_log.text
+
+
+@pytest.mark.parametrize("mode", ["off", "next-visit", "two-pass-band", "two-pass-all"])
+@pytest.mark.parametrize("bank", [1e-6, 1.0, SKIP_ALL])
+@pytest.mark.parametrize("changes", [{}, {"local-epochs": 5, "taa.bar": 1e12}, {"local-steps": 3, "taa.bar": 1.5}])
+def test_however_many_images_real_training_takes_the_server_believes_it(
+    tiny: Tiny, mode: str, bank: float, changes: Mapping[str, Scalar]
+) -> None:
+    config = tiny(taa(mode), changes)
+    order, start = make_order(config, bank=bank), pack_state(fresh_weights(config))
+    done = train(config, order)
+    state = ShardState(order.bank_values, order.bank_visits)
+    check_reply(done.report, pack_state(done.weights), order, state, start)
+    most = 2 * config.visits(20) if mode == "two-pass-band" else config.visits(20)
+    with pytest.raises(ProtocolError, match=r"trained on \d+ images, the order asked for"):
+        check_reply(replace(done.report, images=most + 1), pack_state(done.weights), order, state, start)
 
 
 def test_a_report_with_more_than_is_known_is_read_all_the_same(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, run_server
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from outcomes import (
     PHASED,
     RET_FL,
@@ -38,6 +40,9 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "banks empty": lambda c: (c / "banks.npz").write_bytes(b"") and None,
     "state not JSON": lambda c: (c / "state.json").write_text("{") and None,
     "state gone": lambda c: (c / "state.json").unlink(),
+    "state not an object": lambda c: (c / "state.json").write_text("[]") and None,
+    "sums gone, weights cut": lambda c: (c / "SHA256SUMS").unlink() or cut(c / "weights.safetensors"),
+    "sums gone, state not an object": lambda c: (c / "SHA256SUMS").unlink() or DAMAGE["state not an object"](c),
     "everything gone": lambda c: [f.unlink() for f in c.iterdir()] and None,
 }
 
@@ -59,6 +64,63 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(
     with caplog.at_level(logging.WARNING):
         assert load_latest(tmp_path / "checkpoints").round == 2
     assert "round-00003 cannot be read" in caplog.text
+
+
+FILES = ("weights.safetensors", "ledger.npz", "banks.npz", "state.json", "SHA256SUMS")
+
+
+def with_a_flipped_bit(path: Path, place: float, bit: int) -> bytes:
+    """Flip a bit of a file at a place in [0, 1) of its length; returns what it was."""
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(changed)
+    return content
+
+
+@pytest.fixture(scope="module")
+def copied(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(stopped / "checkpoints", tmp_path_factory.mktemp("copied") / "checkpoints"))
+
+
+PLACES = st.floats(0, 1, exclude_max=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(FILES), place=PLACES, bit=st.integers(0, 7))
+def test_a_single_flipped_bit_is_noticed(copied: Path, name: str, place: float, bit: int) -> None:
+    path = copied / "round-00003" / name
+    content = with_a_flipped_bit(path, place, bit)
+    try:
+        assert load_latest(copied).round == 2
+    finally:
+        path.write_bytes(content)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(FILES[:-1]), place=PLACES, bit=st.integers(0, 7))
+def test_without_sums_a_flipped_bit_stops_no_resume(copied: Path, name: str, place: float, bit: int) -> None:
+    """A checkpoint of an earlier version: whatever its readers raise, there is the one before."""
+    path, sums = copied / "round-00003" / name, copied / "round-00003" / "SHA256SUMS"
+    told, content = sums.read_bytes(), with_a_flipped_bit(path, place, bit)
+    sums.unlink()
+    try:
+        load_latest(copied)
+    finally:
+        path.write_bytes(content)
+        sums.write_bytes(told)
+
+
+def test_a_checkpoint_of_a_version_without_sums_is_read(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "round-00003" / "SHA256SUMS").unlink()
+    assert load_latest(tmp_path / "checkpoints").round == 3
+
+
+def test_the_sums_are_those_of_sha256sum(stopped: Path) -> None:
+    newest = stopped / "checkpoints" / "round-00003"
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=newest, check=True)
+    assert {p.name for p in newest.iterdir()} == set(FILES)
 
 
 def test_a_run_resumed_from_the_checkpoint_before_is_still_the_same(tiny: Tiny, tmp_path: Path, stopped: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 import time
 from collections.abc import Callable, Iterable
 
@@ -420,7 +422,18 @@ def test_a_late_first_reply_does_not_count_twice(tiny: Tiny, federate: Federate)
     assert fed.strategy.ledger.visits.sum() == sum(r.visits.sum() for r in fed.rounds[0].reports)
 
 
-def test_too_few_nodes_stop_the_run_with_a_way_to_go_on(tiny: Tiny, federate: Federate) -> None:
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("ret-fl", "`ret-fl run --resume runs/mine`"),
+        ("flwr-simulation", "`ret-fl run --resume runs/mine`"),
+        ("/venv/bin/flwr-serverapp", "`flwr run . --stream --run-config 'resume=\"runs/mine\"'`"),
+    ],
+)
+def test_too_few_nodes_stop_the_run_with_a_way_to_go_on(
+    tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch, program: str, command: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
     fed = federate(tiny({"min-nodes": 2, "out": "runs/mine"}))
     note = fed._note
 
@@ -431,7 +444,7 @@ def test_too_few_nodes_stop_the_run_with_a_way_to_go_on(tiny: Tiny, federate: Fe
 
     fed._note = dies  # type: ignore[method-assign]
     began = time.monotonic()
-    with pytest.raises(FederationError, match=r"round 2: 1 of min-nodes=2.*--resume runs/mine"):
+    with pytest.raises(FederationError, match=rf"round 2: 1 of min-nodes=2.*{re.escape(command)}"):
         fed.run()
     assert time.monotonic() - began < 30
     assert len(fed.rounds) == 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -213,7 +214,33 @@ def test_a_malformed_report_is_refused_by_name(spoil: Callable[[RecordDict], Non
         TrainReport.unpack(over_the_wire(record))
 
 
+def with_scalar(name: str, value: object) -> Callable[[RecordDict], None]:
+    def spoil(record: RecordDict) -> None:
+        record[ORDER] = ConfigRecord(dict(record[ORDER]) | {name: value})  # type: ignore[dict-item]
+
+    return spoil
+
+
+NO_RUN_KEYS = (
+    "",
+    ".",
+    "..",
+    "../../x",
+    "/etc/x",
+    "a/b",
+    "a\\b",
+    "~",
+    "-x",
+    "x\n",
+    "a" * 65,
+    "\0",
+    b"abc",
+    7.5,
+    ["abc"],
+)
+
 BAD_ORDERS = {
+    **{f"run key {key!r:.9}": (with_scalar("run_key", key), "run_key.*is not the key") for key in NO_RUN_KEYS},
     "no weights": (without(ARRAYS), "'arrays'"),
     "no scalars": (without(ORDER), "'order'"),
     "no samples": (without(SAMPLES), "'samples'"),
@@ -231,6 +258,12 @@ def test_a_malformed_order_is_refused_by_name(spoil: Callable[[RecordDict], None
     spoil(record)
     with pytest.raises(ProtocolError, match=said):
         TrainOrder.unpack(over_the_wire(record))
+
+
+def test_the_key_of_every_run_is_one_that_orders_may_have() -> None:
+    for _ in range(20):
+        order = replace(an_order(), run_key=uuid.uuid4().hex)  # as server/app.py makes it
+        assert TrainOrder.unpack(order.pack(pack_state(STATE)))[0].run_key == order.run_key
 
 
 def test_a_hello_arrives_as_it_was_sent() -> None:

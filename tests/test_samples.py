@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -24,6 +25,7 @@ from ret_fl.protocol import TrainOrder
 from ret_fl.samples import access as access_module
 from ret_fl.samples import server as server_module
 from ret_fl.samples import service_pb2 as pb
+from ret_fl.samples.batches import SERVICE as SERVICE_NAME
 from ret_fl.samples.client import SampleClient, SampleServiceError
 from ret_fl.samples.grants import Grant, Signer, make_key_pair
 from ret_fl.samples.limits import request_bytes
@@ -155,6 +157,33 @@ def test_a_request_beyond_the_limit_is_refused_before_it_is_read(serving: Servin
         code, why = refusal(serving, order, [1], signature=bytes(size))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in why
         assert raw_fetch(serving, order, [1])
+
+
+def test_a_service_with_all_hands_full_is_asked_again(serving: Serving) -> None:
+    """A service that takes one call at a time, and has one: gRPC turns the client away itself."""
+    order = serving.order([5, 6])
+    begun, ended = threading.Event(), threading.Event()
+
+    def waiting(request: object, context: grpc.ServicerContext) -> bytes:
+        begun.set()
+        ended.wait(10)
+        return b""
+
+    busy = grpc.server(futures.ThreadPoolExecutor(2), maximum_concurrent_rpcs=1)
+    handlers = {name: grpc.unary_unary_rpc_method_handler(waiting) for name in ("Describe", "Fetch")}
+    busy.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+    serving.port = busy.add_insecure_port("localhost:0")
+    busy.start()
+    try:
+        channel = grpc.insecure_channel(f"localhost:{serving.port}")
+        first = channel.unary_unary(f"/{SERVICE_NAME}/Describe").future(b"")
+        assert begun.wait(10)
+        with pytest.raises(SampleServiceError, match=r"RESOURCE_EXHAUSTED: Concurrent.*patience=1 s were waited"):
+            serving.access(patience=1.0).samples(order)
+        ended.set()
+        first.result(10)
+    finally:
+        busy.stop(0)
 
 
 # --- TLS -----------------------------------------------------------------------------------------------------------

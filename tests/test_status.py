@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, ret_fl, run_server
+from disks import no_file_beyond
 from federations import spoiling
 from flwr.app import Context, Error, Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -21,8 +23,10 @@ from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.engines import free_port, wait_for
 from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, MOVED, ROUND, SENT, TRAINED, Journal
-from ret_fl.files import read_lines
+from ret_fl.files import as_line, read_lines
 from ret_fl.ledger import ShardLedger
+from ret_fl.progress import RunProgress
+from ret_fl.prometheus import RunCollector
 from ret_fl.rundir import RunDir
 from ret_fl.status import RunStatus, read_status
 
@@ -159,6 +163,78 @@ def test_a_half_written_event_is_left_out(tmp_path: Path) -> None:
     whole = path.read_text()
     path.write_text(whole + whole[:20])
     assert [e["event"] for e in read_lines(path)] == [SENT]
+
+
+def test_an_event_after_a_torn_one_has_a_line_of_its_own(tmp_path: Path) -> None:
+    """A power cut in mid-line, then a resumed run: only the torn event is lost, to readers and to Prometheus."""
+    run = RunDir.begin(RunConfig.from_flat(TINY | {"out": str(tmp_path / "run")}))
+    Journal(run.events, 7).note(JOINED, node=11, partition=0, device="cpu", samples=24)
+    whole = run.events.read_bytes()
+    run.events.write_bytes(whole + whole[:20])
+    later = Journal(run.events, 8)
+    later.note(JOINED, node=12, partition=0, device="cpu", samples=24)
+    later.note(SENT, round=1, shard=0, node=12, images=100, attempt=1)
+    assert [e["run"] for e in read_lines(run.events, skip_torn=True)] == [7, 8, 8]
+    assert read_status(run).shards[0].state == "round 1: ordered"
+    assert "round 1: ordered" in ret_fl("status", run.path).output
+    assert next(f for f in RunCollector(run).collect() if f.name == "ret_fl_node_up").samples[0].labels["node"] == "12"
+
+
+@pytest.mark.parametrize("torn", [b'{"time": 1.0, "ev{"time": 2.0}', b"\0\0\0", b"\xff\xfe", b"7", b"{}}", b"[1]"])
+def test_a_torn_line_in_the_middle_costs_that_line_only(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "events.jsonl"
+    Journal(path, 7).note(SENT, round=1, shard=0, node=5)
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn + b"\n" + whole)
+    assert read_lines(path, skip_torn=True) == 2 * [json.loads(whole)]
+
+
+def test_a_full_disk_ends_no_run_for_its_events(tmp_path: Path, flower_log: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "events.jsonl"
+    journal = Journal(path, 7)
+    journal.note(SENT, round=1, shard=0, node=5)
+    limit = path.stat().st_size
+    with no_file_beyond(limit + 20):  # half an event fits
+        journal.note(ANSWERED, round=1, shard=0, node=5, seconds=1.0)
+    assert path.stat().st_size == limit + 20
+    journal.note(TRAINED, round=1, shard=0, node=5)
+    assert [e["event"] for e in read_lines(path, skip_torn=True)] == [SENT, TRAINED]
+    assert "events.jsonl cannot be written" in flower_log.text
+    assert "order answered" in flower_log.text
+
+
+FOREIGN = "no file [/srv/data] [code: 2004] [bold]x[/] :smile: \x1b[2J"
+
+
+def test_what_a_node_says_is_shown_as_it_is(tmp_path: Path) -> None:
+    run = RunDir.begin(RunConfig.from_flat(TINY | {"out": str(tmp_path / "[run]"), "shards": 1}))
+    journal = Journal(run.events, 7)
+    journal.note(JOINED, node=11, partition=0, device="[/cpu]", samples=24)
+    journal.note(FAILED, round=1, shard=0, node=11, why=FOREIGN)
+    shown = ret_fl("status", run.path)
+    assert shown.exit_code == 0, shown.output
+    plain = " ".join(shown.output.split())
+    assert plain.count(FOREIGN.replace("\x1b", "?")) == 2  # as the shard's state, and as a failure
+    for words in ("[/cpu]", "[run]:"):
+        assert words in plain
+
+
+def test_a_rounds_failure_is_shown_as_a_node_told_it(run_dir: Path, tmp_path: Path) -> None:
+    """`ret-fl show`, and the line that `ret-fl run` prints."""
+    out = tmp_path / "[run]"
+    shutil.copytree(run_dir, out)
+    rows = RunDir(out).rows()
+    rows[-1] |= {"failures": 1, "failed_shards": {"1": FOREIGN}}
+    (out / "metrics.jsonl").write_text("".join(map(as_line, rows[:-1])))
+    progress = RunProgress(RunDir(out), len(rows))
+    (out / "metrics.jsonl").write_text("".join(map(as_line, rows)))
+    shown = ret_fl("show", out)
+    assert shown.exit_code == 0, shown.output
+    told = repr(FOREIGN)
+    assert told in shown.output and "[run]" in shown.output
+    with progress.console.capture() as printed, progress:
+        pass
+    assert told in printed.get()
 
 
 def test_a_log_line_has_run_round_shard_and_node(flower_log: pytest.LogCaptureFixture) -> None:

@@ -158,7 +158,7 @@ class _Waits:
         address, code, why = self._config.address, error.code(), error.details()
         if code == grpc.StatusCode.PERMISSION_DENIED:
             raise SampleServiceError(f"the sample service {address} refuses: {why}") from None
-        if code not in _PASSING:
+        if code not in _PASSING and not _overloaded(error):
             raise SampleServiceError(f"the sample service {address} failed: {code.name}: {why}") from None
         seconds = self._next * _jitter.uniform(0.5, 1.5)
         now = time.monotonic()
@@ -172,6 +172,11 @@ class _Waits:
         logger.warning("the sample service %s is away (%s: %s), again in %.1f s", address, code.name, why, seconds)
         time.sleep(seconds)
         self._next = min(2 * self._next, _LONGEST_WAIT)
+
+
+def _overloaded(error: grpc.RpcError) -> bool:
+    """Whether gRPC itself turned the call away, as more came at once than it takes; a message too large stays so."""
+    return error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" not in (error.details() or "")
 
 
 def _credentials(config: ServiceConfig) -> grpc.ChannelCredentials:
