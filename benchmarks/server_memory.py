@@ -80,8 +80,8 @@ def untrained(order: TrainOrder) -> TrainReport:
     counts, levels = np.zeros(n, np.int64), np.zeros(BINS, np.int64)
     return TrainReport(
         shard=order.shard, round=order.round, num_examples=n, images=order.config.visits(n), seconds=1.0, loss=1.0,
-        skip_rate=0.0, spread=1.0, start="global", moments="fresh", ids=order.ids, visits=counts, skips=counts, draws=counts,
-        log_ratio_sum=np.zeros(n), strength=np.zeros(n, np.float32), memorized=none,
+        skip_rate=0.0, spread=1.0, start="global", moments="fresh", ids=order.ids, visits=counts, skips=counts,
+        draws=counts, log_ratio_sum=np.zeros(n), strength=np.zeros(n, np.float32), memorized=none,
         memorized_score=np.empty(0, np.float32), high_loss=none, high_loss_score=np.empty(0, np.float32),
         bank_values=order.bank_values, bank_visits=order.bank_visits, bin_mean=np.zeros(BINS), bin_count=levels,
         level_draws=levels, level_skips=levels,
