@@ -1,7 +1,7 @@
 """What carries orders out: train a shard's proxy, report. The same in simulation and on separate machines.
 
 Loads torch and diffusers: clients/app.py imports it where an order is carried out, and no earlier. A node may be
-started with its own settings (`flower-supernode --node-config`), which replace the run's there: see `NODE_SETTINGS`.
+started with its own settings (`flower-supernode --node-config`), which replace the run's there: `NODE_SETTINGS`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import ret_fl.diffusion  # noqa: F401  before the others: see there
 from ret_fl.clipping import clip_where_asked
 from ret_fl.config import RunConfig
 from ret_fl.data.partition import BY_SPEED
+from ret_fl.deploy.nodeconfig import NODE_SETTINGS
 from ret_fl.devices import resolve_device
 from ret_fl.diffusion.text_to_image import data_read
 from ret_fl.events import as_text
@@ -34,24 +35,6 @@ from ret_fl.speed import images_per_second
 from ret_fl.trainer import ProxyTrainer
 
 app = ClientApp()
-
-
-NODE_SETTINGS = {
-    "data-path": "data.path",
-    "held-out-path": "data.held-out-path",
-    "cache-dir": "data.cache-dir",
-    "model-folder": "model.init-from",
-    "sample-service": "service.address",
-    "sample-ca": "service.ca",
-    "sample-certificate": "service.certificate",
-    "sample-key": "service.key",
-    "sample-insecure": "service.insecure",
-    "sample-compression": "service.compression",
-    "sample-cache-mb": "service.cache-mb",
-    "device": "device",
-    "state-dir": "state-dir",
-}
-"""Node config key -> the run's setting it replaces on that node."""
 
 
 CALLED_HERE = (GATES, AUGMENTERS)

@@ -22,7 +22,6 @@ from flwr.common.config import parse_config_args
 from sample_services import Serving
 from test_kit import example, handshake, started
 
-from clients import training
 from ret_fl.config import ConfigError, RunConfig, Scalar
 from ret_fl.data.sources import load_splits
 from ret_fl.deploy import nodeconfig
@@ -58,7 +57,7 @@ def told(kit: Kit, host: str, node: str, folder: Path, **environment: str) -> di
 def on_node(node_config: dict[str, Scalar]) -> RunConfig:
     """The run's settings on a node that was told this."""
     replaced = {
-        training.NODE_SETTINGS[key]: value for key, value in node_config.items() if key in training.NODE_SETTINGS
+        nodeconfig.NODE_SETTINGS[key]: value for key, value in node_config.items() if key in nodeconfig.NODE_SETTINGS
     }
     return RunConfig.from_flat(TINY | replaced)
 
@@ -230,8 +229,7 @@ def test_a_bad_node_config_is_refused(config: dict[str, object], message: str) -
     assert message in str(error.value)
 
 
-def test_what_the_kit_takes_is_what_clients_and_workers_read() -> None:
-    assert nodeconfig.NODE_SETTINGS == training.NODE_SETTINGS
+def test_how_long_a_worker_waits_is_told_as_it_reads_it() -> None:
     assert nodeconfig.IDLE == calls.IDLE
 
 

@@ -25,6 +25,7 @@ from sample_services import Authority, Serving, pictures
 from clients import training
 from ret_fl.checkpoint import load_latest
 from ret_fl.config import RunConfig, Scalar, describe
+from ret_fl.deploy.nodeconfig import NODE_SETTINGS
 from ret_fl.samples import access
 from ret_fl.samples.server import Tls
 
@@ -138,4 +139,4 @@ def test_a_certificate_made_by_hand_as_documented_is_one_that_clients_accept(tmp
 
 
 def test_every_setting_that_a_node_replaces_exists() -> None:
-    assert set(training.NODE_SETTINGS.values()) <= {setting.key for setting in describe()}
+    assert set(NODE_SETTINGS.values()) <= {setting.key for setting in describe()}

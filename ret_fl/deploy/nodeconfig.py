@@ -29,7 +29,7 @@ NODE_SETTINGS = {
     "device": "device",
     "state-dir": "state-dir",
 }
-"""Node config key -> the run's setting that it replaces on that node; what clients/training.py reads."""
+"""Node config key -> the run's setting that it replaces on that node (clients/training.py)."""
 
 IDLE = "worker-idle"
 """Seconds that a worker waits for the next order (ret_fl/worker/calls.py)."""
