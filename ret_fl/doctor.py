@@ -32,7 +32,7 @@ FLOAT = 4
 """Bytes of a weight; weights, moments and gradients are float32 under every `precision`."""
 GIB = 2**30
 
-MEAN_REPLIES = 4
+MEAN_REPLIES = 6
 """Sizes of a reply that a round takes on a server that averages replies as they come."""
 
 SERVICE_SECONDS = 5.0
@@ -268,13 +268,13 @@ def check_client_memory(config: RunConfig, needed: int) -> Finding:
 def server_replies(config: RunConfig) -> int:
     """The most that a round takes on the server, in sizes of a reply, rounded up from `benchmarks.server_memory`.
 
-    Replies that are averaged as they come take 3.4 to 3.8, whatever the number of shards; a strategy that needs all of
+    Replies that are averaged as they come take 4.6 to 5.4, whatever the number of shards; a strategy that needs all of
     them took 2.7 more than there are. Proxies kept apart (not measured) lie there twice at the end of a round: old and
     new. Left out: what server optimizers remember, and the process itself. Raises `ConfigError` as `make_base`.
     """
     if not config.averages:
         return 2 * config.shards + 3
-    return MEAN_REPLIES if needs_the_mean_only(make_base(config)) else config.shards + 3
+    return MEAN_REPLIES if needs_the_mean_only(make_base(config)) else max(MEAN_REPLIES, config.shards + 3)
 
 
 def check_server_memory(config: RunConfig, parameters: int) -> Finding:

@@ -130,8 +130,8 @@ def test_too_little_memory_or_disk_is_a_failure_that_says_how_much(tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "few", "many", "advice"),
     [
-        ({}, 4, 4, "smaller model.preset"),
-        ({"aggregation.strategy": "fedadam"}, 4, 4, "smaller model.preset"),
+        ({}, 6, 6, "smaller model.preset"),
+        ({"aggregation.strategy": "fedadam"}, 6, 6, "smaller model.preset"),
         ({"aggregation.strategy": "fedmedian", "quorum": 1}, 6, 23, "averages replies as they come"),
         (PRIVATE, 6, 23, "without dp.mode"),
         ({"aggregate-every": 0, "redistribution.policy": "none"}, 9, 43, "fewer shards"),
