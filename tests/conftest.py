@@ -122,6 +122,14 @@ def flower_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes and replies are looked for at once."""
+    monkeypatch.setattr("ret_fl.dispatch.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("ret_fl.dispatch.PULL_SECONDS", 0.01)
+    monkeypatch.setattr("ret_fl.roster.POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., RunConfig]:
     """Tiny settings with changes on top; clients keep their state in the test's own folder."""
 
