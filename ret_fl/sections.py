@@ -337,7 +337,7 @@ class TaaConfig(Section):
 
 class RedistributionConfig(Section):
     policy: Annotated[str, AfterValidator(POLICIES.by_name)] = Field(
-        "random+quarantine",
+        "random",
         description="What the server does with reported sample IDs; several joined by '+'. Exchanges round the ring: "
         "memorized (MSR, the paper's), high-loss, random. balance: high-loss IDs from the worst-fitted shard to the "
         "best. quarantine: memorized IDs are visited less. none. Or plug-ins (docs/extending.md).",
