@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from ret_fl.events import ANSWERED, FAILED, SENT
-from ret_fl.protocol import payload_bytes
+from ret_fl.protocol import payload_bytes, reason_of
 from ret_fl.pulling import Puller, ReplyTooLargeError, until_not_busy
 from ret_fl.roster import Roster
 
@@ -273,9 +273,8 @@ class Dispatcher(Grid):
         asking = errand.asked.pop(asked)
         node = asking.node
         if reply.has_error():
-            reason = str(reply.error.reason)
-            again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in reason
-            self._failed(phase, errand, node, reason, same_node=again)
+            again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in str(reply.error.reason)
+            self._failed(phase, errand, node, reason_of(reply.error), same_node=again)
         elif (why := phase.judge(errand.shard, reply)) is not None:
             self._failed(phase, errand, node, why, same_node=False)
         else:

@@ -151,7 +151,9 @@ def submit(
         ).returncode
         status, details = _outcome(environment) if code == 0 else ("not started", f"flwr run exited with {code}")
     if status != "finished:completed":
-        raise RunFailedError(f"the run ended as {status}. {details}\n{_last_error(log_file)}\nLog: {log_file}")
+        error = _last_error(log_file)
+        told = details if error.partition(": ")[2] in details else f"{details}\n{error}"
+        raise RunFailedError(f"the run ended as {status}. {told}\nLog: {log_file}")
 
 
 def flower_environment(home: Path) -> dict[str, str]:

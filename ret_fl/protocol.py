@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from numpy.typing import NDArray
 
@@ -33,6 +33,10 @@ STARTS, MOMENTS = ("global", "proxy", "sent"), ("carried", "fresh")
 """What a report may say that training began from, and of Adam's moments."""
 
 
+_RAISED = "Exception ClientAppException occurred. Message: "
+"""What Flower puts before the text of an exception that a ClientApp raised."""
+
+
 class ProtocolError(ValueError):
     """A message that is not what this version of ret-fl sends."""
 
@@ -48,6 +52,16 @@ def _unpack(record: ArrayRecord) -> dict[str, NDArray]:
 def payload_bytes(record: RecordDict) -> int:
     """Bytes of all arrays in a message: what it costs to send."""
     return sum(len(a.data) for arrays in record.values() if isinstance(arrays, ArrayRecord) for a in arrays.values())
+
+
+def reason_of(error: Error) -> str:
+    """What a reply without content says: the words of the client's exception where Flower wrapped them.
+
+    Around them are Flower's own exception and, in a simulation, Ray's traceback, which the log has, too.
+    """
+    said = error.reason or f"error {error.code} without a reason"
+    _, raised, words = said.rpartition(_RAISED)
+    return words.removesuffix("'>").strip() if raised else said
 
 
 def find(record: RecordDict, key: str, kind: type[Record]) -> Record | None:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from ret_fl.config import RunConfig
 from ret_fl.events import BACK, GONE, JOINED, REFUSED, Journal
-from ret_fl.protocol import Hello, ProtocolError
+from ret_fl.protocol import Hello, ProtocolError, reason_of
 
 POLL_SECONDS = 1.0
 HELLO_SECONDS = 60.0
@@ -100,7 +100,7 @@ class Roster:
     def _hear(self, node: int, reply: Message) -> None:
         try:
             if reply.has_error():
-                raise ProtocolError(reply.error.reason)
+                raise ProtocolError(reason_of(reply.error))
             hello = Hello.unpack(reply.content)
         except ProtocolError as error:
             if self.unwell.get(node) != str(error):

@@ -30,7 +30,7 @@ class RunDir:
     """config.json, metrics.jsonl, events.jsonl, ledger.npz and so on: every file of a run, by name."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+        self.path = path.resolve()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
@@ -79,17 +79,19 @@ class RunDir:
         deadline = time.monotonic() + wait
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            while True:
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise ConfigError(
-                            f"another process is writing {self.path}: end it, or wait until it is done"
-                        ) from None
-                    time.sleep(LOCK_SECONDS)
+            while not _lock(folder):
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"another process is writing {self.path}: end it, or wait until it is done")
+                time.sleep(LOCK_SECONDS)
             yield
+        finally:
+            os.close(folder)
+
+    def in_use(self) -> bool:
+        """Whether a process of this machine has the run `locked`."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            return not _lock(folder)
         finally:
             os.close(folder)
 
@@ -118,3 +120,12 @@ class RunDir:
             if told.get("loss", 0.0) is None:
                 told["loss"] = math.nan
         return rows
+
+
+def _lock(folder: int) -> bool:
+    """Lock an open folder, until it is closed; False where another process has."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -26,6 +26,9 @@ from ret_fl.rundir import RunDir
 SILENT_SECONDS = 60.0
 """How long Flower's command may take to answer."""
 
+STOPPED_SECONDS = 30.0
+"""How long nothing may happen in a run that no process of this machine is writing, before it is taken for stopped."""
+
 
 @dataclass
 class ShardStatus:
@@ -81,10 +84,13 @@ class RunStatus:
     seen: float
     seconds_a_round: float | None
     failures: list[Event]
+    stopped: bool
 
     @property
     def seconds_left(self) -> float | None:
-        return None if self.seconds_a_round is None else self.seconds_a_round * (self.rounds - self.done)
+        if self.stopped or self.seconds_a_round is None:
+            return None
+        return self.seconds_a_round * (self.rounds - self.done)
 
 
 def read_status(run: RunDir) -> RunStatus:
@@ -100,17 +106,19 @@ def read_status(run: RunDir) -> RunStatus:
         if event.get("shard") in shards:
             _tell_shard(shards[event["shard"]], event)
     seconds = [e["seconds"] for e in events if e["event"] == ROUND][-5:]
+    seen, finished = events[-1]["time"] if events else 0.0, run.summary.is_file()
     return RunStatus(
         name=str(run.path),
         rounds=config.num_server_rounds,
         done=rows[-1]["round"] if rows else 0,
-        finished=run.summary.is_file(),
+        finished=finished,
         last=rows[-1] if rows else None,
         shards=shards,
         nodes=nodes,
-        seen=events[-1]["time"] if events else 0.0,
+        seen=seen,
         seconds_a_round=sum(seconds) / len(seconds) if seconds else None,
         failures=[e for e in events if e["event"] in (FAILED, REFUSED, GONE)],
+        stopped=bool(seen) and not finished and time.time() - seen > STOPPED_SECONDS and not run.in_use(),
     )
 
 
@@ -118,6 +126,7 @@ def _tell_node(node: NodeStatus, event: Event) -> None:
     what, shard = event["event"], event.get("shard", -1)
     if what == JOINED:
         node.partition, node.device = event["partition"], event["device"]
+        node.refused = False  # what was wrong is mended
     elif what == SENT:
         node.orders.add(shard)
     elif what in (ANSWERED, FAILED, TRAINED):
@@ -186,6 +195,9 @@ def _failure(event: Event) -> str:
 def _headline(status: RunStatus, now: float) -> str:
     if status.finished:
         state = "finished"
+    elif status.stopped:
+        ago = _age(now, status.seen)
+        state = f"stopped {ago} ago, or written on another machine; `ret-fl run --resume {status.name}` goes on"
     elif status.done >= status.rounds:
         state = "trained, images are being drawn"
     elif not status.seen:

@@ -31,7 +31,15 @@ from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.events import FAILED, MOVED, ROUND, TRAINED
 from ret_fl.ledger import LedgerError, Moves, ShardLedger
 from ret_fl.privacy import wrapper_of
-from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport, base_content, clipping_norm, payload_bytes
+from ret_fl.protocol import (
+    ProtocolError,
+    TrainOrder,
+    TrainReport,
+    base_content,
+    clipping_norm,
+    payload_bytes,
+    reason_of,
+)
 from ret_fl.proxy import round_seed
 from ret_fl.redistribution import (
     is_due,
@@ -186,7 +194,7 @@ class RedistributeEnsemble(Strategy):
         try:
             nodes = self.roster.wait_for_enough(grid)
         except FederationError as error:
-            raise FederationError(f"round {round}: {error}. {self._how_to_resume()}") from None
+            raise FederationError(f"round {round}: {error}. {self._how_to_resume(round)}") from None
         if self.config.averages:
             # the base strategy sees the weights (FedAdam and DP keep them) and a client a shard, but addresses nobody
             shard_grid = cast(Grid, ShardGrid(self.ledger.num_shards))
@@ -256,10 +264,11 @@ class RedistributeEnsemble(Strategy):
         sound, failures = self._sound(replies)
         needed = math.ceil(self.config.quorum * self.ledger.num_shards)
         if len(sound) < needed:
-            reasons = "; ".join(f"shard {shard}: {why}" for shard, why in failures.items())
+            own = ((f"shard {shard}", why) for shard, why in failures.items())
+            reasons = "; ".join(why if why.startswith(shard) else f"{shard}: {why}" for shard, why in own)
             raise FederationError(
                 f"round {round}: {len(sound)} of {self.ledger.num_shards} shards replied soundly, quorum needs "
-                f"{needed}. {reasons}. {self._how_to_resume()}"
+                f"{needed}. {reasons}. {self._how_to_resume(round)}"
             )
         errands = self._open.errands
         reports = [report for _, report, _ in sound]
@@ -307,7 +316,7 @@ class RedistributeEnsemble(Strategy):
         opened = self._open
         try:
             if reply.has_error():
-                raise ProtocolError(reply.error.reason)
+                raise ProtocolError(reason_of(reply.error))
             opened.bytes_up += payload_bytes(reply.content)
             report, weights = TrainReport.unpack(reply.content)
             check_reply(report, weights, opened.orders[shard], self.shards[shard], opened.arrays)
@@ -341,7 +350,7 @@ class RedistributeEnsemble(Strategy):
         for shard, errand in opened.errands.items():
             if shard not in opened.sound:
                 silent = f"no reply within round-timeout={self.config.round_timeout:g} s"
-                failures[shard] = opened.failures.get(shard) or "; ".join(errand.failures) or silent
+                failures[shard] = opened.failures.get(shard) or "; ".join(dict.fromkeys(errand.failures)) or silent
                 self.journal.note(FAILED, round=opened.number, shard=shard, node=errand.node, level=WARNING,
                                   why=failures[shard])  # fmt: skip
         return [opened.sound[shard] for shard in sorted(opened.sound)], failures
@@ -380,8 +389,9 @@ class RedistributeEnsemble(Strategy):
         self.ledger.check()
         return moves
 
-    def _how_to_resume(self) -> str:
-        return f"The last finished round is kept: go on with `{resume_command(self.config.out or 'RUN_DIR')}`"
+    def _how_to_resume(self, round: int) -> str:
+        kept = "The last finished round is kept: go on" if round > 1 else "No round is finished: begin again"
+        return f"{kept} with `{resume_command(self.config.out or 'RUN_DIR')}`"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,7 +10,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 from conftest import TINY
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, MetricRecord, RecordDict
+from flwr.clientapp.client_app import ClientAppException
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
@@ -27,6 +29,7 @@ from ret_fl.protocol import (
     TrainOrder,
     TrainReport,
     payload_bytes,
+    reason_of,
 )
 
 rng = np.random.default_rng(0)
@@ -280,3 +283,15 @@ def test_a_hello_that_is_none_is_refused() -> None:
         Hello.requested(RecordDict({ORDER: ConfigRecord({})}))
     with pytest.raises(ProtocolError, match="not a hello"):
         Hello.unpack(RecordDict({ORDER: ConfigRecord({"partition": 1})}))
+
+
+def test_an_error_reply_is_told_in_the_words_of_the_client() -> None:
+    try:
+        raise ClientAppException("shard 0: the loss is nan.\nLower optimizer.lr")
+    except ClientAppException as error:  # as flwr.supernode and, with a traceback before it, Ray's backend word it
+        words = f"{type(error)}:<'{error}'>"
+        assert reason_of(Error(0, words)) == "shard 0: the loss is nan.\nLower optimizer.lr"
+        ray = f"<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'{traceback.format_exc()}'>"
+        assert reason_of(Error(0, ray)) == "shard 0: the loss is nan.\nLower optimizer.lr"
+    assert reason_of(Error(3, "the node is unavailable")) == "the node is unavailable"
+    assert "3" in reason_of(Error(3))

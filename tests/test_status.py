@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.engines import free_port, wait_for
-from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, MOVED, ROUND, SENT, TRAINED, Journal
+from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, MOVED, REFUSED, ROUND, SENT, TRAINED, Journal
 from ret_fl.files import as_line, read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import RunProgress
@@ -121,6 +121,26 @@ def test_status_tells_who_is_at_work_and_who_is_gone(tmp_path: Path) -> None:
     assert "round 4 shard 2 node 13: the node is gone" in shown
     journal.note(BACK, node=13)
     assert read_status(run).nodes[13].state == "idle"
+    journal.note(REFUSED, node=12)
+    assert not read_status(run).nodes[12].there
+    journal.note(JOINED, node=12, partition=1, device="cuda:0", samples=24)
+    assert read_status(run).nodes[12].there, "its data was mended"
+
+
+def test_a_run_that_no_process_writes_any_more_is_told_as_stopped(tmp_path: Path) -> None:
+    run = RunDir.begin(RunConfig.from_flat(TINY | {"out": str(tmp_path / "run")}))
+    Journal(run.events, 7).note(ROUND, round=1, seconds=9.0)
+    assert read_status(run).seconds_left, "it may only be slow"
+    [event] = read_lines(run.events)
+    run.events.write_text(json.dumps(event | {"time": event["time"] - 600}) + "\n")
+    with run.locked(0):
+        assert read_status(run).seconds_left, "its server lives"
+    status = read_status(run)
+    assert status.stopped
+    assert status.seconds_left is None
+    shown = " ".join(ret_fl("status", run.path).output.split())
+    assert "stopped 10 min ago" in shown
+    assert f"ret-fl run --resume {run.path}" in shown
 
 
 def test_a_failure_is_told_with_its_reason(tmp_path: Path) -> None:
