@@ -140,9 +140,13 @@ def _dataset(
     lines.append(
         f"Real held-out images score CR {_percent(floor.mean(lambda r: r.cr_floor.value))} (up to "
         f"{_percent(floor.mean(lambda r: r.cr_floor.high))} is within its interval) and MQ "
-        f"{floor.mean(lambda r: r.mq_15_floor):.3f}; training images in the samples' place have FD "
-        f"{floor.mean(lambda r: r.fd_real):.2f} and precision {floor.mean(lambda r: r.precision_real):.3f}."
+        f"{floor.mean(lambda r: r.mq_15_floor):.3f}."
     )
+    if math.isfinite(best := floor.mean(lambda r: r.fd_real)):
+        lines[-1] = (
+            f"{lines[-1][:-1]}; training images in the samples' place have FD {best:.2f} and precision "
+            f"{floor.mean(lambda r: r.precision_real):.3f}."
+        )
     if math.isfinite(alike := floor.mean(lambda r: r.similarity_floor)):
         lines[-1] += f" Real images never trained on have similarity {alike:.3f}."
     curves = [m for m in methods if len(curve(rows, dataset, m)) > 1]
