@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ret_fl.audit import plots
 from ret_fl.audit.folder import NUMBERS, load_audit
+from ret_fl.audit.plane import place_labels
 from ret_fl.files import write_atomically
 from ret_fl.pictures import Pairs, save_pairs
 from simulations.grid import CellWaitsError, Study
@@ -310,8 +311,6 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
             for method in single:
                 point = curve(rows, dataset, method)[0]
                 axes.plot(point.cr, getattr(point, quality), "o", ms=4.5, color=plots.MUTED)
-                axes.annotate(method, (point.cr, getattr(point, quality)), (4, 3), textcoords="offset points",
-                              fontsize=7, color=plots.MUTED)  # fmt: skip
             axes.axvspan(
                 0, real.mean(lambda r: r.cr_floor.high), color=plots.GRID, alpha=0.6, lw=0, label="floor of real images"
             )
@@ -321,6 +320,9 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
             axes.set_ylabel(f"{'Frechet distance' if quality == 'fd' else 'precision'} ({better})")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         figure.suptitle(f"{dataset}; squares: equal images", x=0.99, ha="right", fontsize=9)
+        for axes, quality in zip(panels, ("fd", "precision"), strict=True):
+            found = {method: curve(rows, dataset, method)[0] for method in single}
+            place_labels(axes, [(method, point.cr, getattr(point, quality)) for method, point in found.items()])
     return figure
 
 

@@ -75,7 +75,7 @@ def _plane(
         if panels[0].get_legend_handles_labels()[0]:
             figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(qualities) + 1)
         for axes, quality in zip(panels, qualities, strict=True):
-            _place_labels(axes, [(p.label, p.rate.value, getattr(p.fidelity, quality)) for p in named])
+            place_labels(axes, [(p.label, p.rate.value, getattr(p.fidelity, quality)) for p in named])
     return figure
 
 
@@ -156,7 +156,7 @@ def _real_line(axes: Axes, quality: str, points: Sequence[_Point]) -> list[float
     return real
 
 
-def _place_labels(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+def place_labels(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Write each label where it hides least: no other label, no point, no line. A far one is tied to its point."""
     figure = axes.get_figure(root=True)
     assert figure is not None
