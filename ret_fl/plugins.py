@@ -174,7 +174,7 @@ AUDITORS = Point(
     "audit.auditors",
     Auditor,
     "audit",
-    _own("audit.variety", {"variety": "variety"}),
+    {**_own("audit.variety", {"variety": "variety"}), **_own("audit.swapped", {"swapped": "swapped"})},
     words={"none": "Only the audit's own numbers."},
     several=True,
 )

@@ -434,6 +434,6 @@ class AuditConfig(Section):
     auditors: Annotated[str, AfterValidator(AUDITORS.by_name)] = Field(
         "none",
         description="What the audit at a run's end measures beside its own numbers; several joined by '+': variety "
-        "(how far samples lie from each other), plug-ins (docs/extending.md), or none.",
+        "(how far samples lie from each other), swapped (the copy rate by chance), or plug-ins; none: nothing.",
     )
     options: str = Field("", description="Settings of plug-ins in audit.auditors, as in 'parts = 2'.")

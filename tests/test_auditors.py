@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ret_fl
 
 from ret_fl.audit.folder import load_audit
-from ret_fl.audit.inputs import Options
+from ret_fl.audit.inputs import AuditData, Evidence, Options
+from ret_fl.audit.swapped import swapped
 from ret_fl.auditing import audit_folder, audit_model, own_auditors, own_drawing
+from ret_fl.data.store import SampleStore
 
 
 def test_an_auditor_adds_its_numbers_to_audit_json_and_to_the_report(run_dir: Path, tmp_path: Path) -> None:
@@ -31,6 +36,18 @@ def test_an_auditor_adds_its_numbers_to_audit_json_and_to_the_report(run_dir: Pa
     page = (tmp_path / "audit" / "report.html").read_text()
     assert "By the auditor own_plugins:Count, by its path. Counts images." in page
     assert [name for name in (*counted.values, *variety.values) if name not in page] == []
+
+
+def test_swapped_finds_no_copies_where_only_the_training_images_were_copied(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    train, reference = (rng.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8) for _ in range(2))
+    data = AuditData("noise", SampleStore(np.repeat(train, 2, axis=0)), SampleStore(reference))
+    copies = np.concatenate([train[:3], reference[:1], rng.integers(0, 256, (4, 1, 8, 8), dtype=np.uint8)])
+    samples = torch.from_numpy(copies).float() / 255
+    told = swapped(Evidence(tmp_path, samples, data, lambda: None, Options()))
+    assert told == {"copy rate": 3 / 8, "with both sets in each other's place": 1 / 8}
+    with pytest.raises(ValueError, match="reference"):
+        swapped(Evidence(tmp_path, samples, replace(data, reference=None), lambda: None, Options()))
 
 
 def test_an_auditor_that_fails_is_a_warning_and_the_audit_stays(run_dir: Path, tmp_path: Path) -> None:
