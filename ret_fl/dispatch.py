@@ -9,12 +9,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from logging import WARNING
 
-import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
@@ -23,7 +20,7 @@ from flwr.supercore.run import Run
 
 from ret_fl.events import ANSWERED, FAILED, SENT
 from ret_fl.protocol import payload_bytes, reason_of
-from ret_fl.pulling import Puller, ReplyTooLargeError, until_not_busy
+from ret_fl.pulling import Puller, UnusableReplyError, until_not_busy
 from ret_fl.roster import Roster
 
 PULL_SECONDS = 0.5
@@ -100,13 +97,6 @@ class Errand:
         self.messages.append(Message(self.first.content, node, like.message_type, ttl=like.ttl))
         return self.messages[-1]
 
-    def renewed(self) -> Message:
-        """The last message made anew, for the same node."""
-        old = self.messages[-1]
-        like = old.metadata
-        self.messages[-1] = Message(old.content, like.dst_node_id, like.message_type, ttl=like.ttl)
-        return self.messages[-1]
-
     def resent(self) -> list[dict[str, object]]:
         """Each time it was sent again, as metrics.jsonl tells it."""
         return [{"shard": self.shard, "why": why} for _, why in zip(self.messages[1:], self.failures, strict=False)]
@@ -163,14 +153,16 @@ class Dispatcher(Grid):
         return until_not_busy(lambda: list(self.grid.push_messages(messages)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [reply for message_id in message_ids for reply in self._pull_small(message_id, float("inf"))]
+        """Replies to messages without weights. Raises `UnusableReplyError` for one that is not fit to be read."""
+        pulled = (self._pull(message_id, float("inf")) for message_id in message_ids)
+        return [reply for reply in pulled if reply is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
         messages = list(messages)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         if self.phase is None or not messages:
-            return self._converse(messages, deadline) if messages else []
+            return self.grid.send_and_receive(messages, timeout=timeout) if messages else []
         phase, self.phase = self.phase, None
         errands = list(phase.errands.values())
         for errand, message in zip(errands, messages, strict=True):
@@ -190,43 +182,20 @@ class Dispatcher(Grid):
         self._puller.give_up(message_id for e in errands for message_id in e.asked)
         return [e.reply for e in errands if e.reply is not None]
 
-    def _converse(self, messages: list[Message], deadline: float) -> list[Message]:
-        """Whatever answers to these messages come in time."""
-        waiting = [i for i in until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
-        replies: list[Message] = []
-        while True:
-            for message_id in waiting:
-                replies += self._pull_small(message_id, deadline)
-            answered = {reply.metadata.reply_to_message_id for reply in replies}
-            waiting = [i for i in waiting if i not in answered]
-            if not waiting or time.monotonic() >= deadline:
-                self._puller.give_up(waiting)
-                return replies
-            time.sleep(PULL_SECONDS)
-
-    def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> list[Message]:
-        """The reply to a message that carried `order`, if it is there. Raises `ReplyTooLargeError`."""
+    def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> Message | None:
+        """The reply to a message that carried `order`, if it is there. Raises `UnusableReplyError`."""
         most = MORE_TIMES * payload_bytes(order or RecordDict()) + MORE_BYTES
         return self._puller.take(message_id, most=most, ends=deadline, interval=PULL_SECONDS)
 
-    def _pull_small(self, message_id: str, deadline: float) -> list[Message]:
-        """The reply to a message without weights; none where it is too large, which is told to the log."""
-        try:
-            return self._pull(message_id, deadline)
-        except ReplyTooLargeError as error:
-            log(WARNING, "a node does not answer properly: %s", error)
-            return []
-
     def _send(self, phase: Phase, errands: list[Errand]) -> None:
         """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
-        ids: list[str | None] = []
-        with suppress(httpx.HTTPStatusError):
-            ids = list(self.grid.push_messages([e.messages[-1] for e in errands]))
-        if len(ids) < len(errands):  # too much for one request, as Flower says in its log, or the SuperLink is busy
-            ids = [until_not_busy(partial(self._send_alone, errand)) for errand in errands]
+        messages = [errand.messages[-1] for errand in errands]
+        ids = list(self.push_messages(messages))
+        if len(ids) < len(errands):  # too much for one request, as Flower says in its log
+            ids = [next(iter(self.push_messages([message])), "") for message in messages]
         for errand, message_id in zip(errands, ids, strict=True):
             node = errand.nodes[-1]
-            if message_id is None:
+            if not message_id:
                 self._failed(phase, errand, node, "Flower could not send the order", same_node=True)
             else:
                 errand.sent_at = time.monotonic()
@@ -234,10 +203,6 @@ class Dispatcher(Grid):
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
         for asking in [a for e in errands for a in e.asked.values() if not a.owed]:
             asking.owed = phase.owed(asking.node)
-
-    def _send_alone(self, errand: Errand) -> str | None:
-        """Its message's ID. The message is made anew: Flower may have entered part of the other under its ID."""
-        return next(iter(self.grid.push_messages([errand.renewed()])), None)
 
     def _note(self, event: str, phase: Phase, errand: Errand, node: int, **more: object) -> None:
         self.roster.journal.note(event, round=phase.round, shard=errand.shard, node=node, **more)  # type: ignore[arg-type]
@@ -251,24 +216,22 @@ class Dispatcher(Grid):
         self._send(phase, [errand])
 
     def _receive(self, phase: Phase, waiting: list[Errand], deadline: float) -> None:
-        whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        for asked, errand in whose.items():
+        for errand, asked in [(e, asked) for e in waiting for asked in e.asked]:
             # one at a time, so that no more than one reply's weights are in memory beside their mean
             if errand.reply is not None:
                 continue
             try:
-                replies = self._pull(asked, deadline, errand.first.content)
-            except ReplyTooLargeError as error:
+                self._take(phase, errand, asked, deadline)
+            except UnusableReplyError as error:
                 self._failed(phase, errand, errand.asked.pop(asked).node, str(error), same_node=False)
-                continue
-            while replies:
-                self._take(phase, whose, replies.pop())
 
-    def _take(self, phase: Phase, whose: dict[str, Errand], reply: Message) -> None:
-        """Judge a reply: the first sound one to an errand counts, one that is not is asked of another node."""
-        asked = reply.metadata.reply_to_message_id
-        errand = whose.get(asked)
-        if errand is None or errand.reply is not None:
+    def _take(self, phase: Phase, errand: Errand, asked: str, deadline: float) -> None:
+        """Judge the reply to a message, once it is there: the first sound one counts, else another node is asked.
+
+        What the reply says that it answers is not looked at. Raises `UnusableReplyError`.
+        """
+        reply = self._pull(asked, deadline, errand.first.content)
+        if reply is None:
             return
         asking = errand.asked.pop(asked)
         node = asking.node

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from ret_fl.config import RunConfig
 from ret_fl.events import BACK, GONE, JOINED, REFUSED, Journal
 from ret_fl.protocol import Hello, ProtocolError, reason_of
+from ret_fl.pulling import UnusableReplyError
 
 POLL_SECONDS = 1.0
 HELLO_SECONDS = 60.0
@@ -92,17 +93,21 @@ class Roster:
             if message_id:
                 self.asked[message_id] = node
                 self.first_asked.setdefault(node, now)
-        for reply in grid.pull_messages(list(self.asked)) if self.asked else []:
-            # by the message it answers: an answer that Flower gives for a node names no node
-            if (asked := reply.metadata.reply_to_message_id) in self.asked:
-                self._hear(self.asked.pop(asked), reply)
+        for asked in list(self.asked):
+            self._hear(asked, grid)
 
-    def _hear(self, node: int, reply: Message) -> None:
+    def _hear(self, asked: str, grid: Grid) -> None:
+        """Take in what the node that was asked with this message says of itself, if it has answered by now."""
+        node = self.asked.pop(asked)
         try:
+            reply = next(iter(grid.pull_messages([asked])), None)
+            if reply is None:
+                self.asked[asked] = node
+                return
             if reply.has_error():
                 raise ProtocolError(reason_of(reply.error))
             hello = Hello.unpack(reply.content)
-        except ProtocolError as error:
+        except (ProtocolError, UnusableReplyError) as error:
             if self.unwell.get(node) != str(error):
                 log(WARNING, "node %d does not answer properly: %s", node, error)
             self.unwell[node] = str(error)

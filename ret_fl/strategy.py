@@ -338,13 +338,16 @@ class RedistributeEnsemble(Strategy):
         opened = self._open
         # Flower fills in a message's ID when it sends it, and every reply names it, errors of Flower's own too
         asked = {message.metadata.message_id: shard for shard, e in opened.errands.items() for message in e.messages}
+        judged = {id(reply) for reply, _, _ in opened.sound.values()}
         for reply in replies:
+            if id(reply) in judged:
+                continue  # by a `Dispatcher`, whatever it says that it answers
             shard = asked.get(reply.metadata.reply_to_message_id)
             if shard is None:
                 log(WARNING, "round %d: a reply dropped: it answers no order of this round", opened.number)
             elif shard not in opened.sound:
                 self._judge(shard, reply)
-            elif opened.sound[shard][0] is not reply:
+            else:
                 log(WARNING, "round %d: a second reply for shard %d dropped", opened.number, shard)
         failures = {}
         for shard, errand in opened.errands.items():

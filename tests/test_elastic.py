@@ -20,7 +20,7 @@ import ret_fl.roster
 from clients.app import app as client_app
 from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import TrainOrder, TrainReport
-from ret_fl.pulling import ReplyTooLargeError
+from ret_fl.pulling import UnusableReplyError
 from ret_fl.strategy import RedistributeEnsemble
 from ret_fl.worker.calls import WorkerError
 
@@ -158,7 +158,7 @@ def test_a_reply_larger_than_any_sound_one_is_dropped_and_asked_of_another_node(
 
     def pulling(ids: Iterable[str]) -> Iterable[Message]:
         if any(owing.get(i) == SECOND for i in ids):
-            raise ReplyTooLargeError("its reply has more than 7 bytes")
+            raise UnusableReplyError("its reply has more than 7 bytes")
         return pull(ids)
 
     fed.grid.push_messages, fed.grid.pull_messages = pushing, pulling  # type: ignore[method-assign]
