@@ -32,6 +32,10 @@ LEAST_SECONDS = 120.0
 MORE_TIMES, MORE_BYTES = 4, 64 << 20
 """A sound reply has no more bytes than so many times its order's, and so many more; it has the order's weights and
 three times as much about each sample."""
+LAST_SECONDS = 30.0
+"""With less of its time to live an order is not sent again: a busy SuperLink might get it dead, which it refuses."""
+EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""What Flower answers, among other things, for an order whose time to live is over."""
 SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
 """Errors that the same node would answer with again..."""
 OF_THE_WORKER = "WorkerError"
@@ -56,19 +60,19 @@ class Asking:
 class Errand:
     """One shard's order in a phase.
 
-    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: what is
-    on its way, by message ID, the last sent last. unfit: nodes that would fail it again. stranded: since when there has
-    been no node to send it to (monotonic seconds), or None. sent_at: when it was last sent. answered_by: the node whose
-    reply counts.
+    messages: the order as first sent, then as sent again. failures: what went wrong with it. resent: each time it was
+    sent again, as metrics.jsonl tells it. asked: what is on its way, by message ID, the last sent last. unfit: nodes
+    that would fail it again. stranded: since when there has been no node to send it to (monotonic seconds), or None.
+    answered_by: the node whose reply counts.
     """
 
     shard: int
     messages: list[Message]
     failures: list[str] = field(default_factory=list)
+    resent: list[dict[str, object]] = field(default_factory=list)
     asked: dict[str, Asking] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
     stranded: float | None = None
-    sent_at: float = 0.0
     reply: Message | None = None
     answered_by: int | None = None
 
@@ -91,15 +95,22 @@ class Errand:
         """Whether a reply may still come."""
         return self.reply is None and (bool(self.asked) or self.stranded is not None)
 
-    def again(self, node: int) -> Message:
-        """The same order, for another node."""
-        like = self.first.metadata
-        self.messages.append(Message(self.first.content, node, like.message_type, ttl=like.ttl))
-        return self.messages[-1]
+    @property
+    def left(self) -> float:
+        """Seconds of the order's time to live, which ends with its round."""
+        made = self.first.metadata
+        return made.created_at + made.ttl - time.time()
 
-    def resent(self) -> list[dict[str, object]]:
-        """Each time it was sent again, as metrics.jsonl tells it."""
-        return [{"shard": self.shard, "why": why} for _, why in zip(self.messages[1:], self.failures, strict=False)]
+    @property
+    def over(self) -> bool:
+        """Whether it is too late to send it again."""
+        return self.left < LAST_SECONDS
+
+    def again(self, node: int, why: str) -> Message:
+        """The same order, for another node; it lives as long as the first."""
+        self.resent.append({"shard": self.shard, "why": why})
+        self.messages.append(Message(self.first.content, node, self.first.metadata.message_type, ttl=self.left))
+        return self.messages[-1]
 
 
 @dataclass
@@ -198,8 +209,7 @@ class Dispatcher(Grid):
             if not message_id:
                 self._failed(phase, errand, node, "Flower could not send the order", same_node=True)
             else:
-                errand.sent_at = time.monotonic()
-                errand.asked[message_id] = Asking(node, errand.sent_at, done=phase.done[node])
+                errand.asked[message_id] = Asking(node, time.monotonic(), done=phase.done[node])
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
         for asking in [a for e in errands for a in e.asked.values() if not a.owed]:
             asking.owed = phase.owed(asking.node)
@@ -211,8 +221,8 @@ class Dispatcher(Grid):
         errand.failures.append(why)
         self._note(FAILED, phase, errand, node, level=WARNING, why=why)
 
-    def _send_again(self, phase: Phase, errand: Errand, node: int) -> None:
-        errand.again(node)
+    def _send_again(self, phase: Phase, errand: Errand, node: int, why: str) -> None:
+        errand.again(node, why)
         self._send(phase, [errand])
 
     def _receive(self, phase: Phase, waiting: list[Errand], deadline: float) -> None:
@@ -235,6 +245,8 @@ class Dispatcher(Grid):
             return
         asking = errand.asked.pop(asked)
         node = asking.node
+        if reply.has_error() and reply.error.code in EXPIRED and errand.over:
+            return  # no fault of the node's: there was no reply within the round
         if reply.has_error():
             again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in str(reply.error.reason)
             self._failed(phase, errand, node, reason_of(reply.error), same_node=again)
@@ -252,28 +264,37 @@ class Dispatcher(Grid):
         self._note_failure(phase, errand, node, why)
         if not same_node:
             errand.unfit.add(node)
-        if errand.asked or len(errand.messages) > self.retries:
+        if errand.asked or self._spent(errand):
             return  # another node is at it already, or there were enough
-        if (to := self._next(errand)) is not None:
-            self._send_again(phase, errand, to)
+        if (to := self._next(phase, errand)) is not None:
+            self._send_again(phase, errand, to, why)
         elif not self.roster.alive(self):
             log(WARNING, "round %d, shard %d: no node is there: waiting", phase.round, errand.shard)
             errand.stranded = time.monotonic()
 
-    def _next(self, errand: Errand) -> int | None:
-        """The node to send an order to that none has in hand: one not tried yet, else one that may do better."""
-        if (to := self.roster.stand_in(errand.nodes, self)) is not None:
+    def _spent(self, errand: Errand) -> bool:
+        """Whether an order is not sent again whatever happens."""
+        return errand.over or len(errand.messages) > self.retries
+
+    def _next(self, phase: Phase, errand: Errand) -> int | None:
+        """The node to send an order to: one not tried yet, else one that may do better now, if there is any.
+
+        Last comes one that has it in hand: it may have been restarted and lost it, which it does not say.
+        """
+        images = phase.work[errand.shard]
+        to = self.roster.stand_in(errand.nodes, lambda node: phase.owed(node) + images, self)
+        if to is not None:
             return to
-        tried = [n for n in errand.nodes if n not in errand.unfit and n in self.roster.alive(self)]
-        return tried[-1] if tried else None
+        alive, at_it = self.roster.alive(self), {asking.node for asking in errand.asked.values()}
+        tried = [n for n in errand.nodes if n not in errand.unfit and n in alive]
+        return next(reversed([n for n in tried if n not in at_it] or tried), None)
 
     def _shelter(self, phase: Phase, errand: Errand, since: float) -> None:
         """Send an order that is stranded to a node that has come, maybe under a new ID, or give it up."""
-        self.roster.living(self)
         wait = self.roster.config.wait_seconds
-        if (to := self._next(errand)) is not None:
+        if not self._spent(errand) and (to := self._next(phase, errand)) is not None:
             errand.stranded = None
-            self._send_again(phase, errand, to)
+            self._send_again(phase, errand, to, errand.failures[-1])
         elif time.monotonic() - since > wait:
             errand.stranded = None
             self._note_failure(phase, errand, errand.node, f"no node came within wait-seconds={wait:g}")
@@ -290,22 +311,19 @@ class Dispatcher(Grid):
             node = last.node
             if node not in alive:
                 why = "the node is gone"
-            elif self._too_late(errand, last):
+            elif self._too_late(last):
                 why = "the node is far behind the usual time"
                 if node not in phase.behind:
                     phase.behind.add(node)
                     self.roster.fell_behind(node)
             else:
                 continue
-            to = self.roster.stand_in(errand.nodes, self)
-            # a node that was restarted has lost the order it had, and does not say so
-            to = node if to is None and node in alive else to
-            if to is not None and len(errand.messages) <= self.retries:
+            if not self._spent(errand) and (to := self._next(phase, errand)) is not None:
                 self._note_failure(phase, errand, node, why)
-                self._send_again(phase, errand, to)
+                self._send_again(phase, errand, to, why)
 
-    def _too_late(self, errand: Errand, last: Asking) -> bool:
+    def _too_late(self, last: Asking) -> bool:
         usual = self.roster.usual_seconds(last.node, last.owed)
         if usual is None:
             return False
-        return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * usual)
+        return time.monotonic() - last.at > max(LEAST_SECONDS, self.patience * usual)

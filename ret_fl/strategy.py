@@ -179,7 +179,9 @@ class RedistributeEnsemble(Strategy):
 
     def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
         """Flower's own loop of rounds, on a `Dispatcher`: what one node fails another does."""
-        return super().start(Dispatcher(grid, self.roster, self.config.retries, self.config.patience), *args, **kwargs)
+        if not isinstance(grid, Dispatcher):
+            grid = Dispatcher(grid, self.roster, self.config.retries, self.config.patience)
+        return super().start(grid, *args, **kwargs)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -299,7 +301,7 @@ class RedistributeEnsemble(Strategy):
             moves=moves,
             quarantined=int((self.ledger.probability < 1).sum()),
             failures=failures,
-            resent=[again for errand in errands.values() for again in errand.resent()],
+            resent=[again for errand in errands.values() for again in errand.resent],
             partitions={report.shard: self._partition(errands[report.shard].node) for report in reports},
             bytes_down=sum(payload_bytes(e.first.content) * len(e.messages) for e in errands.values()),
             bytes_up=self._open.bytes_up,

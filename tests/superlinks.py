@@ -5,6 +5,7 @@ What it fails at is told, and what its nodes do with an order that they are hand
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 import threading
 from collections import Counter
@@ -82,9 +83,14 @@ class SuperLink:
 
     def join(self) -> int:
         """A SuperNode more: its ID."""
-        node = self.state.create_node("somebody", "one", str(len(self.state.get_nodes(self.run_id))).encode() * 32, 1e3)
+        node = self.state.create_node("somebody", "one", secrets.token_bytes(32), 1e3)
         self.state.activate_node(node, 1e3)
         return node
+
+    def leave(self, node: int) -> None:
+        """Flower no longer hears from it."""
+        self.nodes.remove(node)
+        self.state.deactivate_node(node)
 
     def answer(self, path: str, body: bytes) -> bytes | None:
         what = path.removeprefix(PATHS)
