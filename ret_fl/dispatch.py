@@ -145,6 +145,7 @@ class Dispatcher(Grid):
         self.retries, self.patience = retries, patience
         self.phase: Phase | None = None
         self._puller = Puller(grid)
+        self._late: set[str] = set()  # messages whose replies are no longer needed
 
     def set_run(self, run: Run) -> None:
         self.grid.set_run(run)
@@ -190,7 +191,8 @@ class Dispatcher(Grid):
                 self._look_after(phase)
             if any(e.open for e in waiting):
                 time.sleep(PULL_SECONDS)
-        self._puller.give_up(message_id for e in errands for message_id in e.asked)
+        for errand in errands:
+            self._give_up(errand)
         return [e.reply for e in errands if e.reply is not None]
 
     def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> Message | None:
@@ -213,6 +215,11 @@ class Dispatcher(Grid):
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
         for asking in [a for e in errands for a in e.asked.values() if not a.owed]:
             asking.owed = phase.owed(asking.node)
+
+    def _give_up(self, errand: Errand) -> None:
+        """Wait for no further reply. One that comes all the same is looked after: see `_look_after`."""
+        self._puller.give_up(errand.asked)
+        self._late.update(errand.asked)
 
     def _note(self, event: str, phase: Phase, errand: Errand, node: int, **more: object) -> None:
         self.roster.journal.note(event, round=phase.round, shard=errand.shard, node=node, **more)  # type: ignore[arg-type]
@@ -254,7 +261,7 @@ class Dispatcher(Grid):
             self._failed(phase, errand, node, why, same_node=False)
         else:
             errand.reply, errand.answered_by = reply, node
-            self._puller.give_up(errand.asked)
+            self._give_up(errand)
             seconds = time.monotonic() - asking.at
             self._note(ANSWERED, phase, errand, node, seconds=seconds)
             phase.done[node] += phase.work[errand.shard]
@@ -300,7 +307,11 @@ class Dispatcher(Grid):
             self._note_failure(phase, errand, errand.node, f"no node came within wait-seconds={wait:g}")
 
     def _look_after(self, phase: Phase) -> None:
-        """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
+        """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first.
+
+        One that came too late for that would lie in the SuperLink's database to the end of the run.
+        """
+        self._late = {message_id for message_id in self._late if not self._puller.forget(message_id)}
         self.roster.meet(self)
         alive = set(self.roster.alive(self))
         for errand in [e for e in phase.errands.values() if e.open]:

@@ -103,14 +103,19 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes],
     pull = _pull.get()
     if pull is None:
         return _flowers_pull(object_ids, pull_object_fn, **usual)
-    return _flowers_pull(
-        object_ids,
-        partial(pull.part, pull_object_fn),
-        max_time=pull.ends - time.monotonic(),
-        max_tries_per_object=None,
-        initial_backoff=pull.interval,
-        backoff_cap=pull.interval,
-    )
+    try:
+        return _flowers_pull(
+            object_ids,
+            partial(pull.part, pull_object_fn),
+            max_time=pull.ends - time.monotonic(),
+            max_tries_per_object=None,
+            initial_backoff=pull.interval,
+            backoff_cap=pull.interval,
+        )
+    except ObjectPullError:
+        if pull.given_up.is_set():
+            return {}  # Flower tells the SuperLink that all arrived, which then drops its parts, and can read nothing
+        raise
 
 
 def _confirm(client: RuntimeHttpClient, request: ConfirmMessageReceivedRequest) -> ConfirmMessageReceivedResponse:
@@ -161,6 +166,15 @@ class Puller:
         for message_id in message_ids:
             if coming := self._coming.pop(message_id, None):
                 coming[0].given_up.set()
+
+    def forget(self, message_id: str) -> bool:
+        """Whether a reply that is no longer needed, or none that can be, has come: then the SuperLink drops it."""
+        pull = _Pull(0, 0, 0)
+        pull.given_up.set()
+        try:
+            return self._fetch(pull, message_id) is not None
+        except UnusableReplyError:
+            return True
 
     def _fetch(self, pull: _Pull, message_id: str) -> Message | None:
         _pull.set(pull)

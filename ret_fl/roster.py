@@ -74,10 +74,10 @@ class Roster:
         deadline = time.monotonic() + self.config.wait_seconds
         while True:
             self.meet(grid)
-            enough, over = len(self.nodes) >= self.config.min_nodes, time.monotonic() > deadline
-            if enough and (over or not self._awaited(HELLO_SECONDS)):
+            if len(self.nodes) >= self.config.min_nodes:
+                self.living(grid)
                 return
-            if over:
+            if time.monotonic() > deadline:
                 raise FederationError(self._too_few(len(self.nodes)))
             time.sleep(POLL_SECONDS)
 

@@ -76,7 +76,7 @@ class SuperLink:
         )
         self.nodes = [self.join() for _ in range(nodes)]
         self.handed: list[Message] = []
-        self.works: Callable[[Message], None] = lambda order: None
+        self.works: Callable[[Message], object] = lambda order: None
         self.taking = threading.Lock()
         self.asked = Counter[str]()
         self.fails: Callable[[str, int], bool] = lambda what, tried: False
@@ -137,13 +137,14 @@ class SuperLink:
                     self.handed += handed
                     self.works(handed[0])
 
-    def reply(self, order: Message, content: RecordDict | Error, says: str = "") -> None:
-        """A node's answer, with all its parts; says: the message that these say it answers, if another."""
+    def reply(self, order: Message, content: RecordDict | Error, says: str = "") -> str:
+        """A node's answer, with all its parts: its ID. says: the message that these say it answers, if another."""
         reply = self._made(order, content, says or order.metadata.message_id)
         parts = {key: part.deflate() for key, part in get_all_nested_objects(reply).items()}
         tree = get_object_tree(reply)
         reply.metadata.__dict__["_reply_to_message_id"] = order.metadata.message_id
         self._store(reply, tree, parts)
+        return reply.metadata.message_id
 
     def reply_with(self, order: Message, body: bytes) -> None:
         """A node's answer that is no Flower message inside, though its head and hash are right."""

@@ -116,9 +116,9 @@ def test_a_reply_counts_for_the_order_that_was_asked_about_whatever_it_says(fede
     link, dispatcher = federate(1)
     (node,) = link.nodes
 
-    def works(order: Message) -> None:
+    def works(order: Message) -> str:
         if len(link.handed) == 1:
-            return link.reply(order, Error(3, "no memory"))
+            return link.reply(order, Error(ErrorCode.LOAD_CLIENT_APP_EXCEPTION, "no memory"))
         first, second = link.handed[0].metadata.message_id, order.metadata.message_id
         return link.reply(order, SOUND, says=first if len(link.handed) == 2 else second)
 
@@ -212,7 +212,7 @@ class Slow:
         """An hour has passed since it was sent."""
         self.errands[0].asked[order.metadata.message_id].at -= 3600
 
-    def seen_through(self, *works: Callable[[Message], None]) -> tuple[list[int], list[str]]:
+    def seen_through(self, *works: Callable[[Message], object]) -> tuple[list[int], list[str]]:
         """works: what is done with the order each time it is taken up. Which nodes it went to, by number, and why."""
         self.link.works = lambda order: works[len(self.link.handed) - 1](order)
         errand = seen_through(self.dispatcher, self.errands)[0]
@@ -222,7 +222,7 @@ class Slow:
     def sound(self, order: Message) -> None:
         self.link.reply(order, SOUND)
 
-    def failing(self, words: str) -> Callable[[Message], None]:
+    def failing(self, words: str) -> Callable[[Message], object]:
         return lambda order: self.link.reply(order, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, words))
 
 
@@ -242,6 +242,25 @@ def test_a_stand_in_whose_worker_died_is_asked_again_before_a_node_that_hangs(sl
 def test_a_node_that_hangs_is_asked_again_where_there_is_no_other(slow: Callable[..., Slow]) -> None:
     one = slow(1)
     assert one.seen_through(one.hangs, one.sound)[0] == [0, 0]
+
+
+def test_a_reply_that_comes_after_its_round_leaves_the_superlink(slow: Callable[..., Slow]) -> None:
+    """Without a part of it on the way; nodes that are still at their orders are looked at, here ten times."""
+    one = slow(2)
+    one.seen_through(one.hangs, one.sound)
+    link, late, looks = one.link, one.link.reply(one.link.handed[0], SOUND), one.link.asked["get-nodes"] + 10
+    pulled = link.asked["pull-object"]
+
+    def after_a_while(what: str, tried: int) -> bool:
+        if what == "get-nodes" and tried == looks:
+            link.reply(link.handed[-1], SOUND)
+        return False
+
+    link.works, link.fails = (lambda order: None), after_a_while
+    seen_through(one.dispatcher, orders(one.dispatcher, link.nodes[1]))
+    assert link.state.num_message_res() == 0
+    assert link.state.object_store.get(late) is None
+    assert link.asked["pull-object"] == pulled + 3  # the parts of the reply that counts
 
 
 def test_an_order_is_said_to_be_sent_again_for_what_it_was(slow: Callable[..., Slow]) -> None:
