@@ -42,7 +42,8 @@ class CheckpointError(RuntimeError):
 class Checkpoint:
     """Everything the server needs to go on after `round`. frozen: as in `TrainOrder`.
 
-    base: the aggregating strategy (`aggregation.strategy`) and base_state, what it keeps from round to round.
+    base: the aggregating strategy (`aggregation.strategy`) and base_state, what it keeps from round to round. home: as
+    in `Roster`.
     """
 
     round: int
@@ -54,6 +55,7 @@ class Checkpoint:
     frozen: str = ""
     base: str = ""
     base_state: Mapping[str, NDArray] = field(default_factory=dict)
+    home: Mapping[int, int] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -100,7 +102,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         visits=np.stack([s.bank_visits for s in checkpoint.shards]),
         proxy_round=np.array([s.proxy_round for s in checkpoint.shards]),
     )
-    state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen", "base")}
+    state = {name: getattr(checkpoint, name) for name in ("round", "run_key", "fingerprint", "frozen", "base", "home")}
     state["proxies"] = list(own)
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     (folder / SUMS).write_text(_sums(folder))
@@ -194,4 +196,5 @@ def _load(path: Path) -> Checkpoint:
         frozen=state.get("frozen", ""),
         base=state.get("base", ""),
         base_state=load_file(path / BASE) if (path / BASE).exists() else {},
+        home={int(shard): int(partition) for shard, partition in state.get("home", {}).items()},
     )

@@ -9,12 +9,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from logging import WARNING
 
-import httpx
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.common.logger import log
@@ -23,7 +20,7 @@ from flwr.supercore.run import Run
 
 from ret_fl.events import ANSWERED, FAILED, SENT
 from ret_fl.protocol import payload_bytes, reason_of
-from ret_fl.pulling import Puller, ReplyTooLargeError, until_not_busy
+from ret_fl.pulling import Puller, UnusableReplyError, until_not_busy
 from ret_fl.roster import Roster
 
 PULL_SECONDS = 0.5
@@ -35,6 +32,10 @@ LEAST_SECONDS = 120.0
 MORE_TIMES, MORE_BYTES = 4, 64 << 20
 """A sound reply has no more bytes than so many times its order's, and so many more; it has the order's weights and
 three times as much about each sample."""
+LAST_SECONDS = 30.0
+"""With less of its time to live an order is not sent again: a busy SuperLink might get it dead, which it refuses."""
+EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+"""What Flower answers, among other things, for an order whose time to live is over."""
 SURELY_THE_APPS = (ErrorCode.CLIENT_APP_RAISED_EXCEPTION,)
 """Errors that the same node would answer with again..."""
 OF_THE_WORKER = "WorkerError"
@@ -59,19 +60,19 @@ class Asking:
 class Errand:
     """One shard's order in a phase.
 
-    messages: the order as first sent, then as sent again. failures: why it was sent again, or is lost. asked: what is
-    on its way, by message ID, the last sent last. unfit: nodes that would fail it again. stranded: since when there has
-    been no node to send it to (monotonic seconds), or None. sent_at: when it was last sent. answered_by: the node whose
-    reply counts.
+    messages: the order as first sent, then as sent again. failures: what went wrong with it. resent: each time it was
+    sent again, as metrics.jsonl tells it. asked: what is on its way, by message ID, the last sent last. unfit: nodes
+    that would fail it again. stranded: since when there has been no node to send it to (monotonic seconds), or None.
+    answered_by: the node whose reply counts.
     """
 
     shard: int
     messages: list[Message]
     failures: list[str] = field(default_factory=list)
+    resent: list[dict[str, object]] = field(default_factory=list)
     asked: dict[str, Asking] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
     stranded: float | None = None
-    sent_at: float = 0.0
     reply: Message | None = None
     answered_by: int | None = None
 
@@ -94,22 +95,22 @@ class Errand:
         """Whether a reply may still come."""
         return self.reply is None and (bool(self.asked) or self.stranded is not None)
 
-    def again(self, node: int) -> Message:
-        """The same order, for another node."""
-        like = self.first.metadata
-        self.messages.append(Message(self.first.content, node, like.message_type, ttl=like.ttl))
-        return self.messages[-1]
+    @property
+    def left(self) -> float:
+        """Seconds of the order's time to live, which ends with its round."""
+        made = self.first.metadata
+        return made.created_at + made.ttl - time.time()
 
-    def renewed(self) -> Message:
-        """The last message made anew, for the same node."""
-        old = self.messages[-1]
-        like = old.metadata
-        self.messages[-1] = Message(old.content, like.dst_node_id, like.message_type, ttl=like.ttl)
-        return self.messages[-1]
+    @property
+    def over(self) -> bool:
+        """Whether it is too late to send it again."""
+        return self.left < LAST_SECONDS
 
-    def resent(self) -> list[dict[str, object]]:
-        """Each time it was sent again, as metrics.jsonl tells it."""
-        return [{"shard": self.shard, "why": why} for _, why in zip(self.messages[1:], self.failures, strict=False)]
+    def again(self, node: int, why: str) -> Message:
+        """The same order, for another node; it lives as long as the first."""
+        self.resent.append({"shard": self.shard, "why": why})
+        self.messages.append(Message(self.first.content, node, self.first.metadata.message_type, ttl=self.left))
+        return self.messages[-1]
 
 
 @dataclass
@@ -144,6 +145,7 @@ class Dispatcher(Grid):
         self.retries, self.patience = retries, patience
         self.phase: Phase | None = None
         self._puller = Puller(grid)
+        self._late: set[str] = set()  # messages whose replies are no longer needed
 
     def set_run(self, run: Run) -> None:
         self.grid.set_run(run)
@@ -163,14 +165,16 @@ class Dispatcher(Grid):
         return until_not_busy(lambda: list(self.grid.push_messages(messages)))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [reply for message_id in message_ids for reply in self._pull_small(message_id, float("inf"))]
+        """Replies to messages without weights. Raises `UnusableReplyError` for one that is not fit to be read."""
+        pulled = (self._pull(message_id, float("inf")) for message_id in message_ids)
+        return [reply for reply in pulled if reply is not None]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies to the open phase's orders, one a shard at most; other messages go Flower's way."""
         messages = list(messages)
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
         if self.phase is None or not messages:
-            return self._converse(messages, deadline) if messages else []
+            return self.grid.send_and_receive(messages, timeout=timeout) if messages else []
         phase, self.phase = self.phase, None
         errands = list(phase.errands.values())
         for errand, message in zip(errands, messages, strict=True):
@@ -187,57 +191,35 @@ class Dispatcher(Grid):
                 self._look_after(phase)
             if any(e.open for e in waiting):
                 time.sleep(PULL_SECONDS)
-        self._puller.give_up(message_id for e in errands for message_id in e.asked)
+        for errand in errands:
+            self._give_up(errand)
         return [e.reply for e in errands if e.reply is not None]
 
-    def _converse(self, messages: list[Message], deadline: float) -> list[Message]:
-        """Whatever answers to these messages come in time."""
-        waiting = [i for i in until_not_busy(lambda: list(self.grid.push_messages(messages))) if i]
-        replies: list[Message] = []
-        while True:
-            for message_id in waiting:
-                replies += self._pull_small(message_id, deadline)
-            answered = {reply.metadata.reply_to_message_id for reply in replies}
-            waiting = [i for i in waiting if i not in answered]
-            if not waiting or time.monotonic() >= deadline:
-                self._puller.give_up(waiting)
-                return replies
-            time.sleep(PULL_SECONDS)
-
-    def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> list[Message]:
-        """The reply to a message that carried `order`, if it is there. Raises `ReplyTooLargeError`."""
+    def _pull(self, message_id: str, deadline: float, order: RecordDict | None = None) -> Message | None:
+        """The reply to a message that carried `order`, if it is there. Raises `UnusableReplyError`."""
         most = MORE_TIMES * payload_bytes(order or RecordDict()) + MORE_BYTES
         return self._puller.take(message_id, most=most, ends=deadline, interval=PULL_SECONDS)
 
-    def _pull_small(self, message_id: str, deadline: float) -> list[Message]:
-        """The reply to a message without weights; none where it is too large, which is told to the log."""
-        try:
-            return self._pull(message_id, deadline)
-        except ReplyTooLargeError as error:
-            log(WARNING, "a node does not answer properly: %s", error)
-            return []
-
     def _send(self, phase: Phase, errands: list[Errand]) -> None:
         """Send the last message of each, all at once: Flower then looks only once at the weights they share."""
-        ids: list[str | None] = []
-        with suppress(httpx.HTTPStatusError):
-            ids = list(self.grid.push_messages([e.messages[-1] for e in errands]))
-        if len(ids) < len(errands):  # too much for one request, as Flower says in its log, or the SuperLink is busy
-            ids = [until_not_busy(partial(self._send_alone, errand)) for errand in errands]
+        messages = [errand.messages[-1] for errand in errands]
+        ids = list(self.push_messages(messages))
+        if len(ids) < len(errands):  # too much for one request, as Flower says in its log
+            ids = [next(iter(self.push_messages([message])), "") for message in messages]
         for errand, message_id in zip(errands, ids, strict=True):
             node = errand.nodes[-1]
-            if message_id is None:
+            if not message_id:
                 self._failed(phase, errand, node, "Flower could not send the order", same_node=True)
             else:
-                errand.sent_at = time.monotonic()
-                errand.asked[message_id] = Asking(node, errand.sent_at, done=phase.done[node])
+                errand.asked[message_id] = Asking(node, time.monotonic(), done=phase.done[node])
                 self._note(SENT, phase, errand, node, images=phase.work[errand.shard], attempt=len(errand.messages))
         for asking in [a for e in errands for a in e.asked.values() if not a.owed]:
             asking.owed = phase.owed(asking.node)
 
-    def _send_alone(self, errand: Errand) -> str | None:
-        """Its message's ID. The message is made anew: Flower may have entered part of the other under its ID."""
-        return next(iter(self.grid.push_messages([errand.renewed()])), None)
+    def _give_up(self, errand: Errand) -> None:
+        """Wait for no further reply. One that comes all the same is looked after: see `_look_after`."""
+        self._puller.give_up(errand.asked)
+        self._late.update(errand.asked)
 
     def _note(self, event: str, phase: Phase, errand: Errand, node: int, **more: object) -> None:
         self.roster.journal.note(event, round=phase.round, shard=errand.shard, node=node, **more)  # type: ignore[arg-type]
@@ -246,32 +228,32 @@ class Dispatcher(Grid):
         errand.failures.append(why)
         self._note(FAILED, phase, errand, node, level=WARNING, why=why)
 
-    def _send_again(self, phase: Phase, errand: Errand, node: int) -> None:
-        errand.again(node)
+    def _send_again(self, phase: Phase, errand: Errand, node: int, why: str) -> None:
+        errand.again(node, why)
         self._send(phase, [errand])
 
     def _receive(self, phase: Phase, waiting: list[Errand], deadline: float) -> None:
-        whose = {message_id: errand for errand in waiting for message_id in errand.asked}
-        for asked, errand in whose.items():
+        for errand, asked in [(e, asked) for e in waiting for asked in e.asked]:
             # one at a time, so that no more than one reply's weights are in memory beside their mean
             if errand.reply is not None:
                 continue
             try:
-                replies = self._pull(asked, deadline, errand.first.content)
-            except ReplyTooLargeError as error:
+                self._take(phase, errand, asked, deadline)
+            except UnusableReplyError as error:
                 self._failed(phase, errand, errand.asked.pop(asked).node, str(error), same_node=False)
-                continue
-            while replies:
-                self._take(phase, whose, replies.pop())
 
-    def _take(self, phase: Phase, whose: dict[str, Errand], reply: Message) -> None:
-        """Judge a reply: the first sound one to an errand counts, one that is not is asked of another node."""
-        asked = reply.metadata.reply_to_message_id
-        errand = whose.get(asked)
-        if errand is None or errand.reply is not None:
+    def _take(self, phase: Phase, errand: Errand, asked: str, deadline: float) -> None:
+        """Judge the reply to a message, once it is there: the first sound one counts, else another node is asked.
+
+        What the reply says that it answers is not looked at. Raises `UnusableReplyError`.
+        """
+        reply = self._pull(asked, deadline, errand.first.content)
+        if reply is None:
             return
         asking = errand.asked.pop(asked)
         node = asking.node
+        if reply.has_error() and reply.error.code in EXPIRED and errand.over:
+            return  # no fault of the node's: there was no reply within the round
         if reply.has_error():
             again = reply.error.code not in SURELY_THE_APPS or OF_THE_WORKER in str(reply.error.reason)
             self._failed(phase, errand, node, reason_of(reply.error), same_node=again)
@@ -279,7 +261,7 @@ class Dispatcher(Grid):
             self._failed(phase, errand, node, why, same_node=False)
         else:
             errand.reply, errand.answered_by = reply, node
-            self._puller.give_up(errand.asked)
+            self._give_up(errand)
             seconds = time.monotonic() - asking.at
             self._note(ANSWERED, phase, errand, node, seconds=seconds)
             phase.done[node] += phase.work[errand.shard]
@@ -289,34 +271,47 @@ class Dispatcher(Grid):
         self._note_failure(phase, errand, node, why)
         if not same_node:
             errand.unfit.add(node)
-        if errand.asked or len(errand.messages) > self.retries:
+        if errand.asked or self._spent(errand):
             return  # another node is at it already, or there were enough
-        if (to := self._next(errand)) is not None:
-            self._send_again(phase, errand, to)
+        if (to := self._next(phase, errand)) is not None:
+            self._send_again(phase, errand, to, why)
         elif not self.roster.alive(self):
             log(WARNING, "round %d, shard %d: no node is there: waiting", phase.round, errand.shard)
             errand.stranded = time.monotonic()
 
-    def _next(self, errand: Errand) -> int | None:
-        """The node to send an order to that none has in hand: one not tried yet, else one that may do better."""
-        if (to := self.roster.stand_in(errand.nodes, self)) is not None:
+    def _spent(self, errand: Errand) -> bool:
+        """Whether an order is not sent again whatever happens."""
+        return errand.over or len(errand.messages) > self.retries
+
+    def _next(self, phase: Phase, errand: Errand) -> int | None:
+        """The node to send an order to: one not tried yet, else one that may do better now, if there is any.
+
+        Last comes one that has it in hand: it may have been restarted and lost it, which it does not say.
+        """
+        images = phase.work[errand.shard]
+        to = self.roster.stand_in(errand.nodes, lambda node: phase.owed(node) + images, self)
+        if to is not None:
             return to
-        tried = [n for n in errand.nodes if n not in errand.unfit and n in self.roster.alive(self)]
-        return tried[-1] if tried else None
+        alive, at_it = self.roster.alive(self), {asking.node for asking in errand.asked.values()}
+        tried = [n for n in errand.nodes if n not in errand.unfit and n in alive]
+        return next(reversed([n for n in tried if n not in at_it] or tried), None)
 
     def _shelter(self, phase: Phase, errand: Errand, since: float) -> None:
         """Send an order that is stranded to a node that has come, maybe under a new ID, or give it up."""
-        self.roster.living(self)
         wait = self.roster.config.wait_seconds
-        if (to := self._next(errand)) is not None:
+        if not self._spent(errand) and (to := self._next(phase, errand)) is not None:
             errand.stranded = None
-            self._send_again(phase, errand, to)
+            self._send_again(phase, errand, to, errand.failures[-1])
         elif time.monotonic() - since > wait:
             errand.stranded = None
             self._note_failure(phase, errand, errand.node, f"no node came within wait-seconds={wait:g}")
 
     def _look_after(self, phase: Phase) -> None:
-        """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first."""
+        """Send on the orders of nodes that are gone or far behind; a straggler's reply still counts if it is first.
+
+        One that came too late for that would lie in the SuperLink's database to the end of the run.
+        """
+        self._late = {message_id for message_id in self._late if not self._puller.forget(message_id)}
         self.roster.meet(self)
         alive = set(self.roster.alive(self))
         for errand in [e for e in phase.errands.values() if e.open]:
@@ -327,22 +322,19 @@ class Dispatcher(Grid):
             node = last.node
             if node not in alive:
                 why = "the node is gone"
-            elif self._too_late(errand, last):
+            elif self._too_late(last):
                 why = "the node is far behind the usual time"
                 if node not in phase.behind:
                     phase.behind.add(node)
                     self.roster.fell_behind(node)
             else:
                 continue
-            to = self.roster.stand_in(errand.nodes, self)
-            # a node that was restarted has lost the order it had, and does not say so
-            to = node if to is None and node in alive else to
-            if to is not None and len(errand.messages) <= self.retries:
+            if not self._spent(errand) and (to := self._next(phase, errand)) is not None:
                 self._note_failure(phase, errand, node, why)
-                self._send_again(phase, errand, to)
+                self._send_again(phase, errand, to, why)
 
-    def _too_late(self, errand: Errand, last: Asking) -> bool:
+    def _too_late(self, last: Asking) -> bool:
         usual = self.roster.usual_seconds(last.node, last.owed)
         if usual is None:
             return False
-        return time.monotonic() - errand.sent_at > max(LEAST_SECONDS, self.patience * usual)
+        return time.monotonic() - last.at > max(LEAST_SECONDS, self.patience * usual)

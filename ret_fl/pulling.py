@@ -18,11 +18,11 @@ from logging import WARNING
 from typing import Any, TypeVar
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.common.logger import log
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, ObjectUnavailableError
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import http_grid
 
@@ -38,21 +38,27 @@ REPLIES_AT_ONCE = 16
 """How many replies, at most, may have parts on their way. More than one is rare: see `UPLOAD_SECONDS`."""
 
 
-class ReplyTooLargeError(RuntimeError):
-    """A reply has more bytes than any sound one; those that came are dropped, no others are asked for."""
+class UnusableReplyError(RuntimeError):
+    """A reply has more bytes than any sound one, or cannot be read. What came is dropped, and no more will come."""
 
 
-def is_busy(error: httpx.HTTPStatusError) -> bool:
-    """Whether the SuperLink failed at a request: above all "database is locked", which passes."""
-    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+def is_busy(error: httpx.HTTPStatusError | ObjectPushError) -> bool:
+    """Whether the SuperLink failed at a request: above all "database is locked", which passes.
+
+    A locked database is answered with HTTP 500, but a part of a message that meets one with `stored=False`.
+    """
+    return isinstance(error, ObjectPushError) or error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
 
 
 def until_not_busy(ask: Callable[[], T]) -> T:
-    """What is answered, once it is. Raises what the last of `BUSY_TRIES` raised."""
+    """What is answered, once it is. Raises what the last of `BUSY_TRIES` raised.
+
+    Messages may be pushed so: a SuperLink knows one that it has by its ID, and asks for the parts that it lacks.
+    """
     for tried in range(1, BUSY_TRIES + 1):
         try:
             return ask()
-        except httpx.HTTPStatusError as error:
+        except (httpx.HTTPStatusError, ObjectPushError) as error:
             if not is_busy(error) or tried == BUSY_TRIES:
                 raise
             log(WARNING, "the SuperLink is busy (%s): asked again in %g s", error, BUSY_SECONDS)
@@ -84,7 +90,7 @@ class _Pull:
         with self.lock:
             self.taken += len(content)
             if self.taken > self.most:
-                raise ReplyTooLargeError(f"its reply has more than {self.most:,.0f} bytes")
+                raise UnusableReplyError(f"its reply has more than {self.most:,.0f} bytes")
         return content
 
 
@@ -97,14 +103,19 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes],
     pull = _pull.get()
     if pull is None:
         return _flowers_pull(object_ids, pull_object_fn, **usual)
-    return _flowers_pull(
-        object_ids,
-        partial(pull.part, pull_object_fn),
-        max_time=pull.ends - time.monotonic(),
-        max_tries_per_object=None,
-        initial_backoff=pull.interval,
-        backoff_cap=pull.interval,
-    )
+    try:
+        return _flowers_pull(
+            object_ids,
+            partial(pull.part, pull_object_fn),
+            max_time=pull.ends - time.monotonic(),
+            max_tries_per_object=None,
+            initial_backoff=pull.interval,
+            backoff_cap=pull.interval,
+        )
+    except ObjectPullError:
+        if pull.given_up.is_set():
+            return {}  # Flower tells the SuperLink that all arrived, which then drops its parts, and can read nothing
+        raise
 
 
 def _confirm(client: RuntimeHttpClient, request: ConfirmMessageReceivedRequest) -> ConfirmMessageReceivedResponse:
@@ -128,14 +139,14 @@ class Puller:
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self._pool = futures.ThreadPoolExecutor(REPLIES_AT_ONCE, thread_name_prefix="pull")
-        self._coming: dict[str, tuple[_Pull, futures.Future[list[Message]]]] = {}
+        self._coming: dict[str, tuple[_Pull, futures.Future[Message | None]]] = {}
 
-    def take(self, message_id: str, *, most: float, ends: float, interval: float) -> list[Message]:
-        """The reply to a message, where it is there with all its parts; else nothing, for now.
+    def take(self, message_id: str, *, most: float, ends: float, interval: float) -> Message | None:
+        """The reply to a message, where it is there with all its parts; else None, for now.
 
         most: bytes it may have. ends: when, by `time.monotonic`, its parts are no longer waited for. interval: seconds
-        between two askings for a part. Raises `ReplyTooLargeError`, after which nothing more comes, and what Flower
-        raises where the SuperLink is not just busy.
+        between two askings for a part. Raises `UnusableReplyError`, and what Flower raises where the SuperLink is not
+        just busy.
         """
         coming = self._coming.get(message_id)
         wait = 0.0 if coming else min(UPLOAD_SECONDS, max(ASK_SECONDS, ends - time.monotonic()))
@@ -146,7 +157,7 @@ class Puller:
         pull, future = coming
         futures.wait([future], timeout=wait)
         if not future.done():
-            return []
+            return None
         del self._coming[message_id]
         return future.result()
 
@@ -156,14 +167,30 @@ class Puller:
             if coming := self._coming.pop(message_id, None):
                 coming[0].given_up.set()
 
-    def _fetch(self, pull: _Pull, message_id: str) -> list[Message]:
+    def forget(self, message_id: str) -> bool:
+        """Whether a reply that is no longer needed, or none that can be, has come: then the SuperLink drops it."""
+        pull = _Pull(0, 0, 0)
+        pull.given_up.set()
+        try:
+            return self._fetch(pull, message_id) is not None
+        except UnusableReplyError:
+            return True
+
+    def _fetch(self, pull: _Pull, message_id: str) -> Message | None:
         _pull.set(pull)
         try:
-            return list(self.grid.pull_messages([message_id]))
+            reply = next(iter(self.grid.pull_messages([message_id])), None)
+            if reply is not None and not reply.has_error() and not isinstance(reply.content, RecordDict):
+                raise UnusableReplyError("its reply cannot be read: its content is no RecordDict")
+            return reply
         except httpx.HTTPStatusError as error:
             if not is_busy(error):
                 raise
             log(WARNING, "the SuperLink is busy (%s): asked again", error)
-            return []
+            return None
+        except (httpx.HTTPError, UnusableReplyError):
+            raise
+        except Exception as error:  # whatever Flower's own reader makes of what a node sent: no fault of the run's
+            raise UnusableReplyError(f"its reply cannot be read: {type(error).__name__}: {error!s:.200}") from error
         finally:
             _pull.set(None)

@@ -107,7 +107,9 @@ class RunRecorder:
     def _checkpoint(self, round: int, weights: State) -> None:
         s = self.strategy
         name, kept = self.config.aggregation.strategy, base_state(s.base)
-        checkpoint = Checkpoint(round, s.run_key, s.fingerprint, weights, s.ledger, s.shards, s.frozen, name, kept)
+        checkpoint = Checkpoint(
+            round, s.run_key, s.fingerprint, weights, s.ledger, s.shards, s.frozen, name, kept, s.roster.home
+        )
         save_checkpoint(self.run.checkpoints, checkpoint, self.config.keep_checkpoints)
         s.ledger.save(self.run.ledger)
 

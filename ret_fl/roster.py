@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
 
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from ret_fl.config import RunConfig
 from ret_fl.events import BACK, GONE, JOINED, REFUSED, Journal
 from ret_fl.protocol import Hello, ProtocolError, reason_of
+from ret_fl.pulling import UnusableReplyError
 
 POLL_SECONDS = 1.0
 HELLO_SECONDS = 60.0
@@ -44,7 +45,8 @@ class Roster:
     node that owes an introduction, by message ID. first_asked, ask_again: when (monotonic seconds) a node first was,
     and when it may be anew. speed: images a second of training, measured. turnaround: seconds an image from order to
     answer, the slower ones lately. behind: how often in a row a node was far behind. rests: for how many more rounds
-    such a node is left out. home: the node that trained a shard last, which has its moments.
+    such a node is left out. home: the partition of the node that trained a shard last, which has its moments; the node
+    itself may come back under another ID.
     """
 
     config: RunConfig
@@ -72,10 +74,10 @@ class Roster:
         deadline = time.monotonic() + self.config.wait_seconds
         while True:
             self.meet(grid)
-            enough, over = len(self.nodes) >= self.config.min_nodes, time.monotonic() > deadline
-            if enough and (over or not self._awaited(HELLO_SECONDS)):
+            if len(self.nodes) >= self.config.min_nodes:
+                self.living(grid)
                 return
-            if over:
+            if time.monotonic() > deadline:
                 raise FederationError(self._too_few(len(self.nodes)))
             time.sleep(POLL_SECONDS)
 
@@ -92,17 +94,21 @@ class Roster:
             if message_id:
                 self.asked[message_id] = node
                 self.first_asked.setdefault(node, now)
-        for reply in grid.pull_messages(list(self.asked)) if self.asked else []:
-            # by the message it answers: an answer that Flower gives for a node names no node
-            if (asked := reply.metadata.reply_to_message_id) in self.asked:
-                self._hear(self.asked.pop(asked), reply)
+        for asked in list(self.asked):
+            self._hear(asked, grid)
 
-    def _hear(self, node: int, reply: Message) -> None:
+    def _hear(self, asked: str, grid: Grid) -> None:
+        """Take in what the node that was asked with this message says of itself, if it has answered by now."""
+        node = self.asked.pop(asked)
         try:
+            reply = next(iter(grid.pull_messages([asked])), None)
+            if reply is None:
+                self.asked[asked] = node
+                return
             if reply.has_error():
                 raise ProtocolError(reason_of(reply.error))
             hello = Hello.unpack(reply.content)
-        except ProtocolError as error:
+        except (ProtocolError, UnusableReplyError) as error:
             if self.unwell.get(node) != str(error):
                 log(WARNING, "node %d does not answer properly: %s", node, error)
             self.unwell[node] = str(error)
@@ -139,8 +145,10 @@ class Roster:
 
     def living(self, grid: Grid) -> list[int]:
         """Nodes that may get work, by partition; late-comers are greeted, those with other data left out."""
+        seconds = min(HELLO_SECONDS, self.config.wait_seconds)
+        ends = time.monotonic() + seconds  # one that is always new, as it dies and comes back, is not waited for anew
         self.meet(grid)
-        while self._awaited(min(HELLO_SECONDS, self.config.wait_seconds)):
+        while self._awaited(seconds) and time.monotonic() < ends:
             time.sleep(POLL_SECONDS)
             self.meet(grid)
         return self.alive(grid)
@@ -186,10 +194,11 @@ class Roster:
         finish = dict.fromkeys(nodes, 0.0)
         assigned: dict[int, int] = {}
         for shard in sorted(range(len(images)), key=lambda k: (-images[k], k)):
-            home = self.home.get(shard, nodes[shard % len(nodes)])
+            at_home = [n for n in nodes if self.home.get(shard) in (None, self.nodes[n].partition)]
             done = {n: finish[n] + images[shard] / self.speed_of(n) for n in nodes}
             node = min(nodes, key=lambda n: (done[n], nodes.index(n)))
-            if home in done and done[home] <= max(STAY * done[node], done[node] + STAY_SECONDS):
+            home = at_home[shard % len(at_home)] if at_home else node
+            if done[home] <= max(STAY * done[node], done[node] + STAY_SECONDS):
                 node = home
             finish[node] = done[node]
             assigned[shard] = node
@@ -222,7 +231,7 @@ class Roster:
 
     def trained(self, shard: int, node: int, images: int, seconds: float) -> None:
         """Take in that a node has trained a shard: `images` in `seconds`."""
-        self.home[shard] = node
+        self.home[shard] = self.nodes[node].partition
         if images > 0 and seconds > 0:
             fresh = images / seconds
             self.speed[node] = SMOOTH * self.speed.get(node, fresh) + (1 - SMOOTH) * fresh
@@ -249,10 +258,13 @@ class Roster:
         guesses = list(self.turnaround.values()) + ([1 / self.speed[node]] if node in self.speed else [])
         return max(guesses) * images if guesses else None
 
-    def stand_in(self, tried: Collection[int], grid: Grid) -> int | None:
-        """The fastest living node not tried yet, one that was not far behind lately if there is any, or None."""
+    def stand_in(self, tried: Collection[int], images: Callable[[int], int], grid: Grid) -> int | None:
+        """The living node not tried yet that is done soonest, one not far behind lately if there is any, or None.
+
+        images: that a node would then have to train.
+        """
         there = [n for n in self.alive(grid) if n not in tried]
-        return max(there, key=lambda n: (n not in self.behind, self.speed_of(n)), default=None)
+        return min(there, key=lambda n: (n in self.behind, images(n) / self.speed_of(n)), default=None)
 
     def sizes(self, shards: int, nodes: Sequence[int]) -> str:
         """Relative shard sizes, as `partition.sizes` has them, with which all nodes are done at the same time."""

@@ -179,7 +179,9 @@ class RedistributeEnsemble(Strategy):
 
     def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
         """Flower's own loop of rounds, on a `Dispatcher`: what one node fails another does."""
-        return super().start(Dispatcher(grid, self.roster, self.config.retries, self.config.patience), *args, **kwargs)
+        if not isinstance(grid, Dispatcher):
+            grid = Dispatcher(grid, self.roster, self.config.retries, self.config.patience)
+        return super().start(grid, *args, **kwargs)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -299,7 +301,7 @@ class RedistributeEnsemble(Strategy):
             moves=moves,
             quarantined=int((self.ledger.probability < 1).sum()),
             failures=failures,
-            resent=[again for errand in errands.values() for again in errand.resent()],
+            resent=[again for errand in errands.values() for again in errand.resent],
             partitions={report.shard: self._partition(errands[report.shard].node) for report in reports},
             bytes_down=sum(payload_bytes(e.first.content) * len(e.messages) for e in errands.values()),
             bytes_up=self._open.bytes_up,
@@ -338,13 +340,16 @@ class RedistributeEnsemble(Strategy):
         opened = self._open
         # Flower fills in a message's ID when it sends it, and every reply names it, errors of Flower's own too
         asked = {message.metadata.message_id: shard for shard, e in opened.errands.items() for message in e.messages}
+        judged = {id(reply) for reply, _, _ in opened.sound.values()}
         for reply in replies:
+            if id(reply) in judged:
+                continue  # by a `Dispatcher`, whatever it says that it answers
             shard = asked.get(reply.metadata.reply_to_message_id)
             if shard is None:
                 log(WARNING, "round %d: a reply dropped: it answers no order of this round", opened.number)
             elif shard not in opened.sound:
                 self._judge(shard, reply)
-            elif opened.sound[shard][0] is not reply:
+            else:
                 log(WARNING, "round %d: a second reply for shard %d dropped", opened.number, shard)
         failures = {}
         for shard, errand in opened.errands.items():

@@ -78,7 +78,8 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         _refuse_other_model(checkpoint, config)
     _warn_of_mixing(config)
     roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
-    roster.greet(Dispatcher(grid, roster, config.retries, config.patience))
+    grid = Dispatcher(grid, roster, config.retries, config.patience)
+    roster.greet(grid)
     if checkpoint:
         strategy, weights = _resumed(config, data, roster, checkpoint, base)
     else:
@@ -147,6 +148,7 @@ def _resumed(
     config: RunConfig, data: DataSplits, roster: Roster, checkpoint: Checkpoint, base: Strategy
 ) -> tuple[RedistributeEnsemble, State]:
     log(INFO, "going on after round %d", checkpoint.round)
+    roster.home = dict(checkpoint.home)
     if checkpoint.base == config.aggregation.strategy:
         restore_base(base, checkpoint.base_state)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -149,11 +150,24 @@ def test_leftovers_of_a_half_written_checkpoint_are_no_checkpoint(stopped: Path,
     assert load_latest(tmp_path / "checkpoints").round == 4
 
 
+def test_a_checkpoint_that_tells_no_home_is_read(stopped: Path, tmp_path: Path) -> None:
+    """As those of earlier versions."""
+    shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "round-00003"
+    state = json.loads((newest / "state.json").read_text())
+    del state["home"]
+    (newest / "state.json").write_text(json.dumps(state))
+    (newest / "SHA256SUMS").unlink()
+    told = load_latest(tmp_path / "checkpoints")
+    assert (told.round, told.home) == (3, {})
+
+
 def test_a_checkpoint_holds_everything_exactly(stopped: Path, tmp_path: Path) -> None:
     first = load_latest(stopped / "checkpoints")
     save_checkpoint(tmp_path, first, keep=1)
     second = load_latest(tmp_path)
     assert (first.round, first.run_key, first.fingerprint) == (second.round, second.run_key, second.fingerprint)
+    assert first.home == second.home == {0: 0, 1: 1}
     assert_same_outcome(Outcome(first, [], first.ledger, b""), Outcome(second, [], second.ledger, b""))
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pkl", ".pt", ".pth", ".bin")]
 

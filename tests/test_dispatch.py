@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import TINY
@@ -19,15 +18,13 @@ from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
+from superlinks import served
 
 import ret_fl.dispatch
 import ret_fl.pulling
 from ret_fl.config import RunConfig
-from ret_fl.dispatch import Dispatcher
-from ret_fl.pulling import ReplyTooLargeError
+from ret_fl.dispatch import Dispatcher, Errand, Phase
+from ret_fl.pulling import UnusableReplyError
 from ret_fl.roster import Roster
 
 PULL, PART, CONFIRM = "/v1/runtime/pull-messages", "/v1/runtime/pull-object", "/v1/runtime/confirm-message-received"
@@ -81,39 +78,18 @@ def link() -> Link:
 
 @pytest.fixture
 def dispatcher(link: Link, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dispatcher]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize, disable_nagle_algorithm = -1, True
-
-        def do_POST(self) -> None:
-            answer = link.answer(self.path, self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(500 if answer is None else 200)
-            self.send_header("content-length", str(len(answer or b"")))
-            self.end_headers()
-            self.wfile.write(answer or b"")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(ret_fl.dispatch, "PULL_SECONDS", 0.001)
     monkeypatch.setattr(ret_fl.pulling, "BUSY_SECONDS", 0.001)
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        grid = HttpGrid(f"127.0.0.1:{server.server_port}", insecure=True, token="none")
-        grid.set_run(Run.create_empty(1))
+    with served(link.answer, 1) as grid:
         yield Dispatcher(grid, Roster(RunConfig.from_flat(TINY), "f"), 1, 2.0)
-        grid.close()
-        server.shutdown()
 
 
 def taken(dispatcher: Dispatcher, message_id: str) -> list[object]:
     """What a reply tells, as soon as asking for it gives anything; nothing after 20 askings."""
     for _ in range(20):
-        if replies := dispatcher._pull(message_id, float("inf")):
-            return [reply.content["a"]["told"] for reply in replies]
+        if reply := dispatcher._pull(message_id, float("inf")):
+            return [reply.content["a"]["told"]]
     return []
 
 
@@ -146,7 +122,7 @@ def test_a_reply_larger_than_any_sound_one_is_not_taken_into_memory(
     link.hold("small", told="x" * 8_000)
     link.hold("large", told="x" * 12_000)
     assert taken(dispatcher, "small") == ["x" * 8_000]
-    with pytest.raises(ReplyTooLargeError, match="more than 10,000 bytes"):
+    with pytest.raises(UnusableReplyError, match="more than 10,000 bytes"):
         taken(dispatcher, "large")
 
 
@@ -158,20 +134,21 @@ def test_a_reply_whose_parts_do_not_come_keeps_no_other_waiting(
     late, arrived = set(link.objects), threading.Event()
     link.has = lambda object_id, tried: object_id not in late or arrived.is_set()
     link.hold("other", told=2)
-    assert dispatcher._pull("stalled", float("inf")) == []
+    assert dispatcher._pull("stalled", float("inf")) is None
     assert taken(dispatcher, "other") == [2]
     arrived.set()
-    while not (replies := dispatcher._pull("stalled", float("inf"))):
+    while not (reply := dispatcher._pull("stalled", float("inf"))):
         time.sleep(0.01)
-    assert replies[0].content["a"]["told"] == 1
+    assert reply.content["a"]["told"] == 1
 
 
 def test_a_reply_whose_parts_do_not_come_is_given_up_when_its_time_is_over(link: Link, dispatcher: Dispatcher) -> None:
     link.hold("stalled", told=1)
     link.has = lambda object_id, tried: False
     dispatcher.grid.push_messages = lambda messages: ["stalled"]  # type: ignore[method-assign]
-    ask = Message(RecordDict(), 1, MessageType.QUERY)
-    assert [reply.has_error() for reply in dispatcher.send_and_receive([ask], timeout=0.2)] in ([], [True])
+    order = Message(RecordDict(), 1, MessageType.TRAIN)
+    dispatcher.phase = Phase(1, {0: Errand(0, [order])}, lambda shard, reply: None, {0: 1})
+    assert not list(dispatcher.send_and_receive([order], timeout=0.2))
     time.sleep(0.1)  # requests under way
     asked = link.asked.total()
     time.sleep(0.2)

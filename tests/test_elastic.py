@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from conftest import Client, Federation
+from conftest import Client, Federation, run_server
 from failing_nodes import FIRST, SECOND, Federate, Tiny, states_differ, unavailable
 from flwr.app import Context, Error, Message, MessageType
 from flwr.common.constant import ErrorCode
@@ -20,9 +21,10 @@ import ret_fl.roster
 from clients.app import app as client_app
 from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import TrainOrder, TrainReport
-from ret_fl.pulling import ReplyTooLargeError
+from ret_fl.pulling import UnusableReplyError
 from ret_fl.strategy import RedistributeEnsemble
 from ret_fl.worker.calls import WorkerError
+from simulations.inline import InlineGrid
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -158,7 +160,7 @@ def test_a_reply_larger_than_any_sound_one_is_dropped_and_asked_of_another_node(
 
     def pulling(ids: Iterable[str]) -> Iterable[Message]:
         if any(owing.get(i) == SECOND for i in ids):
-            raise ReplyTooLargeError("its reply has more than 7 bytes")
+            raise UnusableReplyError("its reply has more than 7 bytes")
         return pull(ids)
 
     fed.grid.push_messages, fed.grid.pull_messages = pushing, pulling  # type: ignore[method-assign]
@@ -200,6 +202,22 @@ def test_a_superlink_that_is_busy_costs_time_only(
     assert not states_differ(final, undisturbed)
 
 
+def test_a_superlink_that_is_busy_when_a_run_begins_costs_time_only(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ret_fl.pulling, "BUSY_SECONDS", 0.01)
+    listed, looks = InlineGrid.get_node_ids, []
+
+    def busy_every_other_time(grid: InlineGrid) -> Iterable[int]:
+        looks.append(grid)
+        if len(looks) % 2:
+            raise busy("get_node_ids")
+        return listed(grid)
+
+    monkeypatch.setattr(InlineGrid, "get_node_ids", busy_every_other_time)
+    assert len(run_server(tiny(), tmp_path / "run").rows()) == 2
+
+
 def test_a_superlink_that_stays_broken_ends_the_run(
     tiny: Tiny, federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +237,9 @@ def test_a_superlink_that_stays_broken_ends_the_run(
 
 def test_a_node_that_was_always_slow_is_not_too_late(tiny: Tiny, federate: Federate) -> None:
     """Nodes that share a machine wait for each other: the time to an answer counts, not the speed of training."""
-    roster = federate(tiny()).strategy.roster
+    fed = federate(tiny())
+    roster = fed.strategy.roster
+    roster.greet(fed.grid)
     assert roster.usual_seconds(FIRST, 100) is None
     roster.speed[FIRST] = 10.0
     assert roster.usual_seconds(FIRST, 100) == pytest.approx(10)

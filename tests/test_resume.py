@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,16 @@ def test_a_run_killed_while_clients_train_loses_nothing(tiny: Tiny, tmp_path: Pa
     killed_at(config, out, round, shard)
     assert load_latest(out / "checkpoints").round == round - 1
     assert_same_outcome(Outcome.of(run_server(config, out, resume=True)), uninterrupted(config))
+
+
+def test_a_resumed_run_trains_each_shard_where_its_moments_are(tiny: Tiny, tmp_path: Path) -> None:
+    config, out = tiny({"num-server-rounds": 2}), tmp_path / "run"
+    killed_at(config, out, 2, 0)
+    checkpoint = load_latest(out / "checkpoints")
+    assert checkpoint.home == {0: 0, 1: 1}
+    save_checkpoint(out / "checkpoints", replace(checkpoint, home={0: 1, 1: 0}), keep=2)
+    resumed = run_server(config, out, resume=True)
+    assert [row["shards"][shard]["partition"] for row in resumed.rows()[1:] for shard in "01"] == [1, 0]
 
 
 def test_a_run_killed_in_every_round_goes_on_with_its_proxies_between_averages(tiny: Tiny, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ Federate = Callable[..., Federation]
 
 
 def roster(speed: dict[int, float], home: dict[int, int] | None = None) -> Roster:
+    """Nodes of partitions 0, 1, ... and their speeds; home: by shard, the partition it was trained in last."""
     nodes = {node: Hello(i, "cpu", "f", 1, 0.0) for i, node in enumerate(speed)}
     return Roster(RunConfig(), "f", nodes=nodes, speed=dict(speed), home=dict(home or {}))
 
@@ -50,14 +51,30 @@ def test_a_slow_node_gets_the_small_shard() -> None:
 
 
 def test_shards_stay_where_their_moments_are_unless_it_costs_too_much() -> None:
-    assert roster({1: 100.0, 2: 110.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
-    assert roster({1: 100.0, 2: 1.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 1, 1: 1}
+    assert roster({1: 100.0, 2: 110.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
+    assert roster({1: 100.0, 2: 1.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 1, 1: 1}
     # a few seconds are not worth fresh moments
-    assert roster({1: 100.0, 2: 10.0}, {0: 2, 1: 1}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
+    assert roster({1: 100.0, 2: 10.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
+
+
+def test_shards_find_their_moments_under_another_node_id() -> None:
+    found = roster({1: 50.0, 2: 50.0})
+    found.trained(0, 2, 100, 2.0)
+    found.trained(1, 1, 100, 2.0)
+    restarted = {n: Hello(i, "cpu", "f", 1, 50.0) for n, i in ((8, 0), (9, 1))}
+    assert Roster(RunConfig(), "f", nodes=restarted, home=found.home).assign([100, 100], [8, 9]) == {0: 9, 1: 8}
+
+
+def test_nodes_that_name_no_partition_keep_their_shards_while_they_are_the_same() -> None:
+    found = roster({1: 50.0, 2: 50.0})
+    found.nodes = dict.fromkeys((1, 2), Hello(-1, "cpu", "f", 1, 50.0))
+    for shard, node in enumerate((1, 2)):
+        found.trained(shard, node, 100, 2.0)
+    assert found.assign([100, 101], [1, 2]) == {0: 1, 1: 2}
 
 
 def test_a_node_gone_loses_its_shards_to_the_others() -> None:
-    assigned = roster({1: 1.0, 2: 1.0, 3: 1.0}, {0: 1, 1: 2, 2: 3}).assign([9, 9, 9], [1, 3])
+    assigned = roster({1: 1.0, 2: 1.0, 3: 1.0}, {0: 0, 1: 1, 2: 2}).assign([9, 9, 9], [1, 3])
     assert (assigned[0], assigned[2]) == (1, 3)
     assert assigned[1] in (1, 3)
 
