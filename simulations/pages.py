@@ -321,8 +321,9 @@ def plane(study: Study, rows: Sequence[Row], dataset: str, methods: Sequence[str
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
         figure.suptitle(f"{dataset}; squares: equal images", x=0.99, ha="right", fontsize=9)
         for axes, quality in zip(panels, ("fd", "precision"), strict=True):
-            found = {method: curve(rows, dataset, method)[0] for method in single}
-            place_labels(axes, [(method, point.cr, getattr(point, quality)) for method, point in found.items()])
+            found = ((method, curve(rows, dataset, method)[0]) for method in single)
+            placed = [(method, point.cr, getattr(point, quality)) for method, point in found]
+            place_labels(axes, [label for label in placed if math.isfinite(label[2])])
     return figure
 
 

@@ -335,4 +335,4 @@ class TestParsePolicy:
             parse_policy(text)
 
     def test_the_default_is_a_policy(self) -> None:
-        assert parse_policy(RunConfig().redistribution.policy) == ([random], True)
+        assert parse_policy(RunConfig().redistribution.policy) == ([random], False)

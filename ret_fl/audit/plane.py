@@ -199,11 +199,12 @@ def _offsets(width: float, height: float) -> list[np.ndarray]:
 
 
 def _strokes(axes: Axes) -> np.ndarray:
-    """Pixels [n, 2] along all lines and error bars."""
+    """Pixels [n, 2] along all lines and error bars, but for parts whose ends are not both finite."""
     paths = [np.asarray(line.get_transform().transform(line.get_xydata())) for line in axes.lines]
     bars = [bar for bar in axes.collections if isinstance(bar, LineCollection)]
     paths += [axes.transData.transform(ends) for bar in bars for ends in bar.get_segments()]
-    pieces = [np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 2)) for path in paths for a, b in pairwise(path)]
+    pieces = [np.linspace(a, b, 2 + int(np.hypot(*(b - a)) / 2)) for path in paths for a, b in pairwise(path)
+              if np.isfinite([a, b]).all()]  # fmt: skip
     return np.concatenate([np.empty((0, 2)), *pieces])
 
 
