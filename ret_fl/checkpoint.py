@@ -27,7 +27,7 @@ from ret_fl.files import sync
 from ret_fl.ledger import ShardLedger
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.rounds import ShardState
-from ret_fl.rundir import resume_command
+from ret_fl.rundir import is_deployed, resume_command
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise CheckpointError(
             f"the checkpoint of round {checkpoint.round} cannot be written to {folder}: {error}. It takes about "
             f"{size / 1e6:.0f} MB; earlier ones are kept (keep-checkpoints={keep}). Make room, then "
-            f"`{resume_command(folder.parent)}` goes on after the last"
+            f"`{resume_command(folder.parent, deployed=is_deployed())}` goes on after the last"
         ) from error
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)

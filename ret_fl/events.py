@@ -18,7 +18,7 @@ from ret_fl.files import append_line
 
 JOINED, REFUSED, GONE, BACK = "node joined", "node refused", "node gone", "node back"
 SENT, ANSWERED, FAILED, TRAINED = "order sent", "order answered", "order failed", "shard trained"
-ROUND, MOVED = "round finished", "samples moved"
+BEGUN, ROUND, MOVED = "run begun", "round finished", "samples moved"
 
 Event = dict[str, Any]
 

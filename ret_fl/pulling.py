@@ -7,9 +7,10 @@ arrived. Flower's `HttpGrid.pull_messages` does the asking; the functions it cal
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,10 +19,15 @@ from logging import WARNING
 from typing import Any, TypeVar
 
 import httpx
-from flwr.app import Message, RecordDict
+from flwr.app import Array, Message, RecordDict
 from flwr.common.logger import log
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_children_ids_from_object_content,
+    get_object_type_from_object_content,
+)
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, ObjectUnavailableError
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import http_grid
@@ -94,6 +100,21 @@ class _Pull:
         return content
 
 
+def arrays_size(parts: Mapping[str, bytes]) -> int:
+    """Bytes of the arrays among a message's parts (by object ID) once they are put together.
+
+    It may be far more than came: an array names its chunks by number, and one chunk as often as it likes. Raises
+    whatever the parts' bytes bring about, if they are no Flower objects.
+    """
+    size = 0
+    for content in parts.values():
+        if get_object_type_from_object_content(content) == Array.__qualname__:
+            chunks = get_object_children_ids_from_object_content(content)
+            named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            size += sum(len(parts[chunks[number]]) for number in named)
+    return size
+
+
 _pull: ContextVar[_Pull | None] = ContextVar("_pull", default=None)
 _flowers_pull, _flowers_confirm = http_grid.pull_objects, RuntimeHttpClient.ConfirmMessageReceived
 
@@ -104,7 +125,7 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes],
     if pull is None:
         return _flowers_pull(object_ids, pull_object_fn, **usual)
     try:
-        return _flowers_pull(
+        parts = _flowers_pull(
             object_ids,
             partial(pull.part, pull_object_fn),
             max_time=pull.ends - time.monotonic(),
@@ -112,6 +133,9 @@ def _pull_objects(object_ids: list[str], pull_object_fn: Callable[[str], bytes],
             initial_backoff=pull.interval,
             backoff_cap=pull.interval,
         )
+        if arrays_size(parts) > pull.most:
+            raise UnusableReplyError(f"its arrays, put together, have more than {pull.most:,.0f} bytes")
+        return parts
     except ObjectPullError:
         if pull.given_up.is_set():
             return {}  # Flower tells the SuperLink that all arrived, which then drops its parts, and can read nothing

@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ret_fl.config import ConfigError, RunConfig
+from ret_fl.events import BEGUN
 from ret_fl.files import read_lines, write_atomically
 
 LOCK_SECONDS = 0.2
 
 
-def resume_command(folder: str | Path) -> str:
-    """The command that goes on with the run in `folder`, for who started this process: a deployment, or `ret-fl`."""
-    if Path(sys.argv[0]).name == "flwr-serverapp":  # a simulation's process is flwr-simulation
+def is_deployed() -> bool:
+    """Whether this process is the ServerApp of a deployed federation; a simulation's is flwr-simulation."""
+    return Path(sys.argv[0]).name == "flwr-serverapp"
+
+
+def resume_command(folder: str | Path, *, deployed: bool) -> str:
+    """The command that goes on with the run in `folder`; a deployed federation's is given where it was begun."""
+    if deployed:
         return f"flwr run . --stream --run-config 'resume=\"{folder}\"'"
     return f"ret-fl run --resume {folder}"
 
@@ -94,6 +100,11 @@ class RunDir:
             return not _lock(folder)
         finally:
             os.close(folder)
+
+    def resume_command(self) -> str:
+        """The command that goes on with the run, for the engine that it was last begun on, by events.jsonl."""
+        begun = [event for event in read_lines(self.events, skip_torn=True) if event["event"] == BEGUN]
+        return resume_command(self.path, deployed=bool(begun) and begun[-1]["deployed"])
 
     def read_config(self) -> RunConfig:
         """The run's settings; paths into the folder follow it where it was moved to. Raises `ConfigError`."""

@@ -55,9 +55,9 @@ def show_run(path: Path) -> None:
 
 def _state(run: RunDir, trained: bool) -> str:
     if not trained:
-        return f"not finished: ret-fl run --resume {run.path} goes on"
+        return f"not finished: {run.resume_command()} goes on"
     if not run.summary.is_file():
-        return f"trained; its images are being drawn, or ret-fl run --resume {run.path} draws them"
+        return f"trained; its images are being drawn, or {run.resume_command()} draws them"
     return "finished"
 
 

@@ -85,6 +85,7 @@ class RunStatus:
     seconds_a_round: float | None
     failures: list[Event]
     stopped: bool
+    resume_command: str
 
     @property
     def seconds_left(self) -> float | None:
@@ -119,6 +120,7 @@ def read_status(run: RunDir) -> RunStatus:
         seconds_a_round=sum(seconds) / len(seconds) if seconds else None,
         failures=[e for e in events if e["event"] in (FAILED, REFUSED, GONE)],
         stopped=bool(seen) and not finished and time.time() - seen > STOPPED_SECONDS and not run.in_use(),
+        resume_command=run.resume_command(),
     )
 
 
@@ -197,7 +199,7 @@ def _headline(status: RunStatus, now: float) -> str:
         state = "finished"
     elif status.stopped:
         ago = _age(now, status.seen)
-        state = f"stopped {ago} ago, or written on another machine; `ret-fl run --resume {status.name}` goes on"
+        state = f"stopped {ago} ago, or written on another machine; `{status.resume_command}` goes on"
     elif status.done >= status.rounds:
         state = "trained, images are being drawn"
     elif not status.seen:

@@ -51,7 +51,7 @@ from ret_fl.redistribution import (
 )
 from ret_fl.roster import FederationError, Roster
 from ret_fl.rounds import RoundSummary, ShardState, check_reply
-from ret_fl.rundir import resume_command
+from ret_fl.rundir import is_deployed, resume_command
 from ret_fl.samples.grants import Signer
 
 
@@ -396,7 +396,7 @@ class RedistributeEnsemble(Strategy):
 
     def _how_to_resume(self, round: int) -> str:
         kept = "The last finished round is kept: go on" if round > 1 else "No round is finished: begin again"
-        return f"{kept} with `{resume_command(self.config.out or 'RUN_DIR')}`"
+        return f"{kept} with `{resume_command(self.config.out or 'RUN_DIR', deployed=is_deployed())}`"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

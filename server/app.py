@@ -24,14 +24,14 @@ from ret_fl.diffusion.models import check_pretrained_schedule
 from ret_fl.diffusion.proxymodel import open_model, trained_parameters
 from ret_fl.diffusion.text_to_image import data_read, frozen_part, require_captions
 from ret_fl.dispatch import Dispatcher
-from ret_fl.events import Journal
+from ret_fl.events import BEGUN, Journal
 from ret_fl.ledger import ShardLedger
 from ret_fl.loading import foreign_plugins, points_of, require_plugins
 from ret_fl.packing import State, pack_state, unpack_state
 from ret_fl.recorder import RunRecorder
 from ret_fl.redistribution import parse_policy
 from ret_fl.roster import Roster
-from ret_fl.rundir import RunDir
+from ret_fl.rundir import RunDir, is_deployed
 from ret_fl.samples.grants import Signer
 from ret_fl.samples.records import Description, hash_samples
 from ret_fl.strategy import RedistributeEnsemble
@@ -77,7 +77,9 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         _refuse_other_data(checkpoint, data)
         _refuse_other_model(checkpoint, config)
     _warn_of_mixing(config)
-    roster = Roster(config, data.train.fingerprint, Journal(run.events, context.run_id))
+    journal = Journal(run.events, context.run_id)
+    journal.note(BEGUN, deployed=is_deployed())
+    roster = Roster(config, data.train.fingerprint, journal)
     grid = Dispatcher(grid, roster, config.retries, config.patience)
     roster.greet(grid)
     if checkpoint:

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.engines import free_port, wait_for
-from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, MOVED, REFUSED, ROUND, SENT, TRAINED, Journal
+from ret_fl.events import ANSWERED, BACK, BEGUN, FAILED, GONE, JOINED, MOVED, REFUSED, ROUND, SENT, TRAINED, Journal
 from ret_fl.files import as_line, read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import RunProgress
@@ -141,6 +141,8 @@ def test_a_run_that_no_process_writes_any_more_is_told_as_stopped(tmp_path: Path
     shown = " ".join(ret_fl("status", run.path).output.split())
     assert "stopped 10 min ago" in shown
     assert f"ret-fl run --resume {run.path}" in shown
+    Journal(run.events, 7).note(BEGUN, deployed=True)
+    assert read_status(run).resume_command == f"flwr run . --stream --run-config 'resume=\"{run.path}\"'"
 
 
 def test_a_failure_is_told_with_its_reason(tmp_path: Path) -> None:

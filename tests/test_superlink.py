@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import flwr.app.message.array
+import numpy as np
 import pytest
 from conftest import TINY
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from sqlalchemy.exc import OperationalError
 from superlinks import SuperLink, served
@@ -81,6 +83,26 @@ def test_a_reply_that_is_no_message_costs_its_order_only(federate: Federate) -> 
     errands = phase(dispatcher, bad, good)
     assert answers(errands) == {0: good, 1: good}
     assert "its reply cannot be read: DecodeError" in errands[0].failures[0]
+
+
+def test_a_reply_that_names_one_chunk_again_and_again_is_not_put_together(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of zeros are all the same one: 3 KB come, of an array of 100 KB."""
+    monkeypatch.setattr(flwr.app.message.array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(ret_fl.dispatch, "MORE_BYTES", 20_000)
+    link, dispatcher = federate(2)
+    bad, good = link.nodes
+    size = {bad: 100_000, good: 10_000}
+
+    def answer(order: Message) -> None:
+        zeros = np.zeros(size[order.metadata.dst_node_id], np.uint8)
+        link.reply(order, RecordDict({"w": ArrayRecord([zeros])}))
+
+    link.works = answer
+    errands = phase(dispatcher, bad, good)
+    assert answers(errands) == {0: good, 1: good}
+    assert "put together, have more than 20," in errands[0].failures[0]
 
 
 def test_a_hello_that_is_no_message_is_told_by_its_nodes_name(
