@@ -37,7 +37,7 @@ test-deployment: setup ## SuperLink and SuperNodes as real processes, and kill -
 	$(BIN)/pytest -m deployment
 
 study-small: setup ## the essential evidence on digits: central, IET, IET+AGC, the default; minutes
-	$(BIN)/python -m simulations.study simulations/studies/small.toml
+	$(BIN)/python -m simulations.study simulations/studies/small.toml --results runs/study-small/small.jsonl
 
 study: setup ## all studies of docs/results; hours, resumable, only what is missing
 	for study in main own search fine-tuning redistribution redistribution-gated quarantine duplicates plain faces gate hidden ablation aggregation; do \

@@ -161,10 +161,11 @@ def plot_skips(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot_moves(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Samples moved after each round, and samples in quarantine."""
+    """Samples moved after each round, and samples in quarantine, if there were any."""
     rounds = [row["round"] for row in rows]
     axes.step(rounds, [row["moved"] for row in rows], where="mid", label="samples moved after the round")
-    axes.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
+    if any(row["quarantined"] for row in rows):
+        axes.plot(rounds, [row["quarantined"] for row in rows], label="samples in quarantine")
     axes.set(xlabel="round", ylim=(0, None))
 
 
