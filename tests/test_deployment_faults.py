@@ -102,7 +102,7 @@ def test_a_run_whose_server_is_killed_goes_on_where_it_was(
     settings: dict[str, Scalar] = TINY | {"num-server-rounds": 3, "local-epochs": 200, "wait-seconds": 240}
     run, config = new_run(settings, tmp_path / "run")
     killed: list[psutil.Process] = []
-    with local_federation(tmp_path / "federation", 2, run.path / "flower.log", tls=False) as running:
+    with local_federation(tmp_path / "federation", 2, run.path / "flower.log", tls=True) as running:
         killer = threading.Thread(target=kill_after_round, args=(running, run, 1, victim, killed), daemon=True)
         killer.start()
         environment = dict(os.environ) | dict(running.environment)
@@ -148,7 +148,7 @@ def test_a_kill_in_mid_round_changes_nothing_of_the_outcome(tmp_path: Path, vict
     run, config = new_run(settings, tmp_path / "run")
     killed: list[psutil.Process] = []
     log = run.path / "flower.log"
-    with local_federation(tmp_path / "federation", 2, log, tls=False, worker=worker) as running:
+    with local_federation(tmp_path / "federation", 2, log, tls=True, worker=worker) as running:
         killer = threading.Thread(target=kill_after_round, args=(running, run, 1, victim, killed), daemon=True)
         killer.start()
         submit(ROOT, run, config, dict(os.environ) | dict(running.environment))
