@@ -31,14 +31,15 @@ def status(
 ) -> None:
     """How a run is doing now: shards, nodes, their speed, when they were last heard of, losses, skips; Ctrl-C ends it.
 
-    RUN_DIR is read where the server writes it. A SUPERLINK is asked by `flwr`: its last runs and its SuperNodes (the
-    kit's operator folder as FLWR_HOME makes `federation` such a name).
+    RUN_DIR is read where the server writes it. A SUPERLINK is asked by `flwr`: its last runs, its SuperNodes, and how
+    the newest run is doing, by its log (the kit's operator folder as FLWR_HOME makes `federation` such a name).
     """
     from rich.live import Live
 
     from ret_fl.config import ConfigError
     from ret_fl.rundir import RunDir
-    from ret_fl.status import read_status, render, superlink_status
+    from ret_fl.status import read_status, render
+    from ret_fl.superlink_status import superlink_status
 
     look: Callable[[], tuple[RenderableType, bool]]
     if Path(target).expanduser().exists():

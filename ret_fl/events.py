@@ -7,7 +7,9 @@ machines can be brought together by these. `ret-fl status` reads them.
 from __future__ import annotations
 
 import json
+import re
 import time
+from datetime import UTC, datetime
 from logging import INFO, WARNING, getLevelName
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,12 @@ JOINED, REFUSED, GONE, BACK = "node joined", "node refused", "node gone", "node 
 SENT, ANSWERED, FAILED, TRAINED = "order sent", "order answered", "order failed", "shard trained"
 BEGUN, ROUND, MOVED = "run begun", "round finished", "samples moved"
 
+EVENTS = (JOINED, REFUSED, GONE, BACK, SENT, ANSWERED, FAILED, TRAINED, BEGUN, ROUND, MOVED)
+
 Event = dict[str, Any]
+
+_LINE = re.compile(rf"(?:\x1b\[\d+m)?(?:INFO|WARNING) *(?:\x1b\[0m)? *: +({'|'.join(EVENTS)}): (.*)")
+_FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
 
 
 class Journal:
@@ -55,8 +62,21 @@ class Journal:
 
 
 def as_text(event: str, fields: Event) -> str:
-    """An event in one line of a log: 'order sent: run=7 round=2 shard=0 node=5'."""
-    return f"{event}: " + " ".join(f"{key}={_value(value)}" for key, value in fields.items() if key != "ids")
+    """An event of now in one line of a log: 'order sent: run=7 round=2 shard=0 node=5 at=2026-11-26T07:04:13Z'."""
+    told = {key: value for key, value in fields.items() if key != "ids"} | {
+        "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    }
+    return f"{event}: " + " ".join(f"{key}={_value(value)}" for key, value in told.items())
+
+
+def from_log(text: str) -> list[Event]:
+    """The events that lines of Flower's log tell, as events.jsonl has them but for lists; other lines are left out."""
+    events = []
+    for line in text.splitlines():
+        if told := _LINE.fullmatch(line):
+            fields = {key: _read(value) for key, value in _FIELD.findall(told[2])}
+            events.append({"time": datetime.fromisoformat(fields.pop("at")).timestamp(), "event": told[1]} | fields)
+    return events
 
 
 def _value(value: object) -> str:
@@ -64,3 +84,15 @@ def _value(value: object) -> str:
         return f"{value:.6g}"
     text = str(value)
     return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
+
+
+def _read(text: str) -> Any:
+    """What `_value` made a text of."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (json.loads, int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

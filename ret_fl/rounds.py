@@ -14,6 +14,8 @@ from ret_fl.mitigation.losslog import BINS
 from ret_fl.packing import PackingError, State, decode, parts, unpack_state
 from ret_fl.protocol import ProtocolError, TrainOrder, TrainReport
 
+HEADLINE = ("seconds", "images", "images_per_second", "loss", "skip_rate", "moved", "quarantined")
+"""What of a round's row its event tells, too."""
 TOLD = 10
 """Sample IDs of each tail that metrics.jsonl names a shard and round."""
 

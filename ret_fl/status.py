@@ -1,15 +1,11 @@
-"""`ret-fl status`: how a run is doing, from what its server writes; what a SuperLink says of runs and SuperNodes."""
+"""`ret-fl status`: how a run is doing, from what its server writes."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -17,14 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ret_fl.config import ConfigError
-from ret_fl.engines import flower_environment
-from ret_fl.events import ANSWERED, BACK, FAILED, GONE, JOINED, REFUSED, ROUND, SENT, TRAINED, Event
+from ret_fl.events import ANSWERED, BACK, BEGUN, FAILED, GONE, JOINED, REFUSED, ROUND, SENT, TRAINED, Event, from_log
 from ret_fl.files import read_lines
-from ret_fl.rundir import RunDir
-
-SILENT_SECONDS = 60.0
-"""How long Flower's command may take to answer."""
+from ret_fl.rundir import RunDir, resume_command
 
 STOPPED_SECONDS = 30.0
 """How long nothing may happen in a run that no process of this machine is writing, before it is taken for stopped."""
@@ -97,30 +88,60 @@ class RunStatus:
 def read_status(run: RunDir) -> RunStatus:
     """The state of a run now. Raises `ConfigError` if its config cannot be read."""
     config, rows, events = run.read_config(), run.rows(), read_lines(run.events, skip_torn=True)
+    seen, finished = events[-1]["time"] if events else 0.0, run.summary.is_file()
+    return _status(
+        events,
+        name=str(run.path),
+        rounds=config.num_server_rounds,
+        shards=config.shards,
+        last=rows[-1] if rows else None,
+        finished=finished,
+        stopped=bool(seen) and not finished and time.time() - seen > STOPPED_SECONDS and not run.in_use(),
+        resume_command=run.resume_command(),
+    )
+
+
+def status_of_log(text: str, *, running: bool) -> RunStatus | None:
+    """The same from the log of a deployed run's server; None if that tells of none. running: whether Flower says so."""
+    events = from_log(text)
+    begun = next((event for event in reversed(events) if event["event"] == BEGUN), None)
+    if begun is None:
+        return None
+    last = next((event for event in reversed(events) if event["event"] == ROUND), None)
+    finished = not running and last is not None and last["round"] >= begun["rounds"]
+    return _status(
+        events,
+        name=begun["out"],
+        rounds=begun["rounds"],
+        shards=begun["shards"],
+        last=last,
+        finished=finished,
+        stopped=not running and not finished,
+        resume_command=resume_command(begun["out"], deployed=begun["deployed"]),
+    )
+
+
+def _status(events: Sequence[Event], *, shards: int, last: Event | None, **told: Any) -> RunStatus:
+    """last: what is known of the last finished round; told: the rest of what events do not tell."""
     # a resumed run is another one to Flower, with nodes of its own
     events = [e for e in events if e["run"] == events[-1]["run"]]
-    shards = {shard: ShardStatus(shard) for shard in range(config.shards)}
+    by_shard = {shard: ShardStatus(shard) for shard in range(shards)}
     nodes: dict[int, NodeStatus] = {}
     for event in events:
         if "node" in event:
             _tell_node(nodes.setdefault(event["node"], NodeStatus(event["node"])), event)
-        if event.get("shard") in shards:
-            _tell_shard(shards[event["shard"]], event)
+        if event.get("shard") in by_shard:
+            _tell_shard(by_shard[event["shard"]], event)
     seconds = [e["seconds"] for e in events if e["event"] == ROUND][-5:]
-    seen, finished = events[-1]["time"] if events else 0.0, run.summary.is_file()
     return RunStatus(
-        name=str(run.path),
-        rounds=config.num_server_rounds,
-        done=rows[-1]["round"] if rows else 0,
-        finished=finished,
-        last=rows[-1] if rows else None,
-        shards=shards,
+        done=last["round"] if last else 0,
+        last=last,
+        shards=by_shard,
         nodes=nodes,
-        seen=seen,
+        seen=events[-1]["time"] if events else 0.0,
         seconds_a_round=sum(seconds) / len(seconds) if seconds else None,
         failures=[e for e in events if e["event"] in (FAILED, REFUSED, GONE)],
-        stopped=bool(seen) and not finished and time.time() - seen > STOPPED_SECONDS and not run.in_use(),
-        resume_command=run.resume_command(),
+        **told,
     )
 
 
@@ -161,25 +182,25 @@ def render(status: RunStatus) -> Group:
     What nodes say is shown as it is: no markup of Rich's, no control codes of a terminal.
     """
     now = time.time()
-    shards = _table("shards", ("shard", "on partition", "samples", "loss", "skipped"), ("state", "since"))
+    shards = table("shards", ("shard", "on partition", "samples", "loss", "skipped"), ("state", "since"))
     for s in status.shards.values():
         node = status.nodes.get(s.node) if s.node is not None else None
         shards.add_row(
             str(s.shard), _text(node.partition if node else None), _text(s.samples), _text(s.loss, ".4f"),
-            _text(s.skip_rate, ".1%"), _said(s.state), _age(now, s.seen),
+            _text(s.skip_rate, ".1%"), said(s.state), _age(now, s.seen),
         )  # fmt: skip
-    nodes = _table("nodes", ("partition", "images/s"), ("device", "state", "last answer", "node"))
+    nodes = table("nodes", ("partition", "images/s"), ("device", "state", "last answer", "node"))
     for n in sorted(status.nodes.values(), key=lambda n: (n.partition is None, n.partition)):
         style = None if n.there else "red"
         nodes.add_row(
-            _text(n.partition), _rate(n.speed), _said(n.device), n.state, _age(now, n.seen), str(n.node), style=style
+            _text(n.partition), _rate(n.speed), said(n.device), n.state, _age(now, n.seen), str(n.node), style=style
         )
     failures = [f"  {_age(now, e['time'])} ago: {_failure(e)}" for e in status.failures[-5:]]
     trouble = [f"{len(status.failures)} failures, the last:", *failures] if failures else []
-    return Group(Text(_headline(status, now)), "", shards, nodes, *map(_said, trouble))
+    return Group(Text(_headline(status, now)), "", shards, nodes, *map(said, trouble))
 
 
-def _table(title: str, numbers: Sequence[str], words: Sequence[str]) -> Table:
+def table(title: str, numbers: Sequence[str], words: Sequence[str]) -> Table:
     """A table whose first columns are numbers; node IDs, of up to 20 digits, are not cut."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in numbers:
@@ -206,7 +227,7 @@ def _headline(status: RunStatus, now: float) -> str:
         state = "not begun"
     else:
         left = status.seconds_left
-        state = f"last sign of life {_age(now, status.seen)} ago" + (f", about {_span(left)} left" if left else "")
+        state = f"last sign of life {_age(now, status.seen)} ago" + (f", about {span(left)} left" if left else "")
     text = f"{status.name}: {status.done} of {status.rounds} rounds, {state}"
     if status.last:
         row = status.last
@@ -218,7 +239,7 @@ def _headline(status: RunStatus, now: float) -> str:
     return text
 
 
-def _said(value: object) -> Text:
+def said(value: object) -> Text:
     """What another machine said, taken for nothing but text."""
     return Text("".join(c if c.isprintable() or c == "\n" else "?" for c in str(value)))
 
@@ -232,64 +253,11 @@ def _rate(value: float | None) -> str:
 
 
 def _age(now: float, then: float) -> str:
-    return _span(now - then) if then else "-"
+    return span(now - then) if then else "-"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-def superlink_status(connection: str) -> Group:
-    """Runs and SuperNodes of a SuperLink that Flower's config.toml knows by this name.
-
-    Raises `ConfigError` with what `flwr` said if it does not answer.
-    """
-    runs = _ask(["flwr", "list", connection, "--limit", "10"])["runs"]
-    nodes = _ask(["flwr", "supernode", "list", connection])["nodes"]
-    table = _table("runs", ("clients' s", "MB"), ("elapsed", "run", "app", "state"))
-    for run in runs:
-        table.add_row(
-            f"{run['compute-time']['clientapp-seconds']:,.0f}", f"{run['network-traffic']['total-bytes'] / 1e6:,.1f}",
-            _elapsed(run["elapsed"]), str(run["run-id"]), _said(run["fab-name"]), _said(_run_state(run)),
-        )  # fmt: skip
-    there = _table("SuperNodes", (), ("node", "status", "online since", "for"))
-    for node in nodes:
-        online = node["status"] == "online"
-        there.add_row(
-            node["node-id"], node["status"], node["online-at"] if online else "-",
-            _elapsed(node["online-elapsed"]) if online else "-", style=None if online else "red",
-        )  # fmt: skip
-    return Group(table, there)
-
-
-def _elapsed(told: float | str) -> str:
-    return told if isinstance(told, str) else _span(told)
-
-
-def _run_state(run: Mapping[str, Any]) -> str:
-    details = run.get("status-details")
-    return str(run["status"]) if details in (None, "", "N/A") else f"{run['status']}: {details}"
-
-
-def _ask(command: list[str]) -> Mapping[str, Any]:
-    try:
-        done = subprocess.run(
-            [*command, "--format", "json"],
-            env=flower_environment(Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SILENT_SECONDS,
-        )
-        answer = json.loads(done.stdout)
-        if answer.get("success"):
-            return dict(answer)
-        said = answer.get("error-message") or done.stdout
-    except subprocess.TimeoutExpired:
-        said = f"no answer within {SILENT_SECONDS:g} s"
-    except ValueError:
-        said = done.stderr or done.stdout
-    raise ConfigError(f"`{' '.join(command)}`: {' '.join(str(said).split())}")

@@ -50,7 +50,7 @@ from ret_fl.redistribution import (
     shard_fits,
 )
 from ret_fl.roster import FederationError, Roster
-from ret_fl.rounds import RoundSummary, ShardState, check_reply
+from ret_fl.rounds import HEADLINE, RoundSummary, ShardState, check_reply
 from ret_fl.rundir import is_deployed, resume_command
 from ret_fl.samples.grants import Signer
 
@@ -308,8 +308,8 @@ class RedistributeEnsemble(Strategy):
             seconds=time.monotonic() - self._open.began,
             gap=fits[0].log_loss - fits[-1].log_loss,
         )
-        self.journal.note(ROUND, round=round, seconds=self.last.seconds, images=sum(r.images for r in reports),
-                          moved=len(moves), quarantined=self.last.quarantined, lost=len(failures))  # fmt: skip
+        row = self.last.row()
+        self.journal.note(ROUND, round=round, lost=len(failures), **{k: row[k] for k in HEADLINE})  # type: ignore[arg-type]
         self._open = _Open()  # the replies' weights need no longer be held
         return arrays, metrics
 

@@ -78,7 +78,9 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         _refuse_other_model(checkpoint, config)
     _warn_of_mixing(config)
     journal = Journal(run.events, context.run_id)
-    journal.note(BEGUN, deployed=is_deployed())
+    journal.note(
+        BEGUN, deployed=is_deployed(), rounds=config.num_server_rounds, shards=config.shards, out=str(run.path)
+    )
     roster = Roster(config, data.train.fingerprint, journal)
     grid = Dispatcher(grid, roster, config.retries, config.patience)
     roster.greet(grid)

@@ -24,7 +24,7 @@ from ret_fl.engines import RunFailedError, submit
 from ret_fl.ledger import ShardLedger
 from ret_fl.rundir import RunDir
 from ret_fl.settings import new_run
-from ret_fl.status import superlink_status
+from ret_fl.superlink_status import superlink_status
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
@@ -119,6 +119,7 @@ def test_a_run_whose_server_is_killed_goes_on_where_it_was(
         with shown.capture() as captured:
             shown.print(superlink_status(running.federation.name))
         assert captured.get().count("online") >= 2, captured.get()
+        assert f"{run.path}: 3 of 3 rounds, finished" in captured.get(), captured.get()
     assert [row["round"] for row in run.rows()] == [1, 2, 3]
     undisturbed = run_server(RunConfig.from_flat(settings), tmp_path / "undisturbed")
     assert_as_undisturbed(run, undisturbed)

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,27 @@ from prometheus_client.parser import text_string_to_metric_families
 from clients.app import app as client_app
 from ret_fl.config import RunConfig
 from ret_fl.engines import free_port, wait_for
-from ret_fl.events import ANSWERED, BACK, BEGUN, FAILED, GONE, JOINED, MOVED, REFUSED, ROUND, SENT, TRAINED, Journal
+from ret_fl.events import (
+    ANSWERED,
+    BACK,
+    BEGUN,
+    FAILED,
+    GONE,
+    JOINED,
+    MOVED,
+    REFUSED,
+    ROUND,
+    SENT,
+    TRAINED,
+    Journal,
+    from_log,
+)
 from ret_fl.files import as_line, read_lines
 from ret_fl.ledger import ShardLedger
 from ret_fl.progress import RunProgress
 from ret_fl.prometheus import RunCollector
 from ret_fl.rundir import RunDir
-from ret_fl.status import RunStatus, read_status
+from ret_fl.status import RunStatus, read_status, status_of_log
 
 
 def exchanging(**changes: object) -> RunConfig:
@@ -261,7 +277,9 @@ def test_a_rounds_failure_is_shown_as_a_node_told_it(run_dir: Path, tmp_path: Pa
 
 def test_a_log_line_has_run_round_shard_and_node(flower_log: pytest.LogCaptureFixture) -> None:
     Journal(run=7).note(FAILED, round=2, shard=1, node=5, why='no "space" left')
-    assert flower_log.messages[-1] == "order failed: run=7 round=2 shard=1 node=5 why=" + json.dumps('no "space" left')
+    told, at = flower_log.messages[-1].rsplit(" at=", 1)
+    assert told == "order failed: run=7 round=2 shard=1 node=5 why=" + json.dumps('no "space" left')
+    assert abs(datetime.fromisoformat(at).timestamp() - time.time()) < 60
 
 
 def test_status_of_neither_a_run_nor_a_superlink_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,3 +288,31 @@ def test_status_of_neither_a_run_nor_a_superlink_says_so(tmp_path: Path, monkeyp
     shown = ret_fl("status", "no-such-superlink")
     assert shown.exit_code == 1
     assert "no-such-superlink" in shown.output
+
+
+def test_the_log_of_a_server_tells_what_its_events_do(tmp_path: Path, flower_log: pytest.LogCaptureFixture) -> None:
+    run = run_server(exchanging(), tmp_path / "a run")
+    records = dict.fromkeys(flower_log.records)  # caught twice, by Flower's logger and by the root's
+    lines = [f"{record.levelname} :      {record.getMessage()}" for record in records]
+    events = read_lines(run.events)
+    told = from_log("\n".join(["INFO :      no event: of=ours", *lines]))
+    assert len(told) == len(events)
+    for shown, event in zip(told, events, strict=True):
+        kept = {key: value for key, value in event.items() if key not in ("level", "ids")}
+        assert set(shown) == set(kept)
+        assert shown.pop("time") == pytest.approx(kept.pop("time"), abs=2)
+        assert shown == {k: pytest.approx(v, rel=1e-5) if isinstance(v, float) else v for k, v in kept.items()}
+    status, by_folder = status_of_log("\n".join(lines), running=False), read_status(run)
+    assert status
+    assert (status.name, status.done, status.finished) == (str(run.path), 3, True)
+    assert {k: (s.state, s.node, s.samples) for k, s in status.shards.items()} == {
+        k: (s.state, s.node, s.samples) for k, s in by_folder.shards.items()
+    }
+    assert {k: (n.partition, n.state) for k, n in status.nodes.items()} == {
+        k: (n.partition, n.state) for k, n in by_folder.nodes.items()
+    }
+    cut = next(i for i, line in enumerate(lines) if "round finished" in line) + 1
+    broken_off = status_of_log("\n".join(lines[:cut]), running=False)
+    assert broken_off
+    assert (broken_off.done, broken_off.finished, broken_off.stopped) == (1, False, True)
+    assert status_of_log("INFO :      another app's log", running=True) is None
