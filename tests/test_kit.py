@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shutil
 import ssl
 import stat
@@ -179,6 +180,19 @@ def test_a_second_init_keeps_authority_and_node_keys_and_renews_the_certificate(
     handshake(tmp_path / "kit" / "superlink", tmp_path / "kit" / "gamma" / "ca.crt", "10.0.0.6")
 
 
+def test_without_the_old_authority_a_second_init_makes_one_that_every_folder_trusts(tmp_path: Path) -> None:
+    kit = write_kit(example(), tmp_path / "kit")
+    shutil.copy(kit.ca / "ca.crt", tmp_path / "old.crt")
+    keys = {file: file.read_bytes() for node in NODES for file in kit.path.rglob(f"{node}.key")}
+    shutil.rmtree(kit.ca)
+    write_kit(example(), kit.path)
+    for folder in (kit.operator, kit.path / "alpha", kit.path / "beta"):
+        handshake(kit.superlink, folder / "ca.crt", "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(kit.superlink, tmp_path / "old.crt", "localhost")
+    assert len(keys) == 3 and all(file.read_bytes() == content for file, content in keys.items())
+
+
 def test_no_secret_is_printed(tmp_path: Path) -> None:
     (tmp_path / "federation.toml").write_text(EXAMPLE)
     printed = ret_fl("deploy", "init", tmp_path / "federation.toml", "--out", tmp_path / "kit").output
@@ -189,16 +203,16 @@ def test_no_secret_is_printed(tmp_path: Path) -> None:
 # --- what starts it ---------------------------------------------------------------------------------------------
 
 
-def started(kit: Kit, folder: str, *arguments: str, tmp_path: Path, **environment: str) -> list[str]:
-    """What a `start` script would run: the arguments that a stand-in for Flower's command was given, then its GPUs."""
+def started(script: Path, *arguments: str, tmp_path: Path, **environment: str) -> list[str]:
+    """What a `start` script would run: the arguments that a stand-in for its command was given, then its GPUs."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
-    for name in ("flower-superlink", "flower-supernode"):
+    for name in ("flower-superlink", "flower-supernode", "ret-fl"):
         (tools / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@" "${CUDA_VISIBLE_DEVICES-}"\n')
         (tools / name).chmod(0o755)
     search = f"{tools}:/usr/bin:/bin"
     done = subprocess.run(
-        [kit.path / folder / "start", *arguments],
+        [script, *arguments],
         env={"PATH": search, "RET_FL_STATE": str(tmp_path / "state")} | environment,
         capture_output=True,
         text=True,
@@ -209,7 +223,7 @@ def started(kit: Kit, folder: str, *arguments: str, tmp_path: Path, **environmen
 
 
 def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit, "alpha", "alpha-gpu1", tmp_path=tmp_path)
+    words = started(kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path)
     options = dict(zip(words[:-1:2], words[1:-1:2], strict=True))
     assert options["--superlink"] == "superlink.example.org:8000"
     assert options["--auth-supernode-private-key"] == str(kit.path / "alpha" / "alpha-gpu1.key")
@@ -228,20 +242,20 @@ def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path:
 
 
 def test_where_the_gpu_and_superlink_are_given_from_outside_they_win(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit, "alpha", "alpha-gpu1", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="0", SUPERLINK="superlink:8000")
+    words = started(kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="0", SUPERLINK="superlink:8000")
     assert words[-1] == "0"
     assert words[words.index("--superlink") + 1] == "superlink:8000"
 
 
 def test_a_supernode_of_another_host_is_refused(kit: Kit, tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as error:
-        started(kit, "beta", "alpha-gpu0", tmp_path=tmp_path)
+        started(kit.path / "beta/start", "alpha-gpu0", tmp_path=tmp_path)
     assert error.value.returncode == 2
     assert "one of: beta-gpu0" in error.value.stderr
 
 
 def test_the_superlink_authenticates_nodes_and_installs_nothing(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit, "superlink", tmp_path=tmp_path)
+    words = started(kit.path / "superlink/start", tmp_path=tmp_path)
     assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= set(words)
     assert "--insecure" not in words
     assert words[words.index("--database") + 1] == str(tmp_path / "state" / "superlink" / "state.db")
@@ -250,8 +264,8 @@ def test_the_superlink_authenticates_nodes_and_installs_nothing(kit: Kit, tmp_pa
 def test_without_tls_nothing_is_secret_and_everything_says_insecure(tmp_path: Path) -> None:
     kit = write_kit(example(tls=False), tmp_path / "kit")
     assert not list(kit.path.rglob("*.key")) and not (kit.operator / "register").exists()
-    assert "--insecure" in started(kit, "superlink", tmp_path=tmp_path)
-    assert "--insecure" in started(kit, "beta", "beta-gpu0", tmp_path=tmp_path)
+    assert "--insecure" in started(kit.path / "superlink/start", tmp_path=tmp_path)
+    assert "--insecure" in started(kit.path / "beta/start", "beta-gpu0", tmp_path=tmp_path)
     assert tomllib.loads((kit.operator / "config.toml").read_text())["superlink"]["ret-fl"]["insecure"] is True
 
 
@@ -265,15 +279,37 @@ def test_flowers_command_finds_the_federation_in_the_operators_folder(kit: Kit) 
 # --- units, compose, Kubernetes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", ["superlink/ret-fl-superlink.service", "alpha/ret-fl-supernode@.service"])
-def test_units_restart_for_ever_and_outlive_the_reactivation_window(kit: Kit, unit: str) -> None:
+def unit_file(file: Path) -> configparser.ConfigParser:
     parsed = configparser.ConfigParser(interpolation=None)
     parsed.optionxform = str  # type: ignore[assignment, method-assign]
-    parsed.read(kit.path / unit)
+    parsed.read(file)
+    return parsed
+
+
+@pytest.mark.parametrize("unit", ["superlink/ret-fl-superlink.service", "alpha/ret-fl-supernode@.service"])
+def test_units_restart_for_ever_and_outlive_the_reactivation_window(kit: Kit, unit: str) -> None:
+    parsed = unit_file(kit.path / unit)
     assert parsed["Service"]["Restart"] == "always"
     assert 2 <= int(parsed["Service"]["RestartSec"]) <= REACTIVATION_SECONDS
     assert parsed["Unit"]["StartLimitIntervalSec"] == "0"
-    assert parsed["Service"]["ExecStart"].startswith("/no/ret-fl/kit/start")
+
+
+def test_superlink_sample_service_and_supernodes_can_share_a_host(tmp_path: Path) -> None:
+    srv, file = tmp_path / "srv", tmp_path / "federation.toml"
+    (tmp_path / "run.toml").write_text("data.limit = 24")
+    file.write_text(
+        f'folder = "{srv}"\n[superlink]\nhost = "alpha"\n[samples]\nhost = "alpha"\npreset = "run.toml"\n'
+        '[[hosts]]\nname = "alpha"\n'
+    )
+    said = ret_fl("deploy", "init", file, "--out", tmp_path / "made").output
+    sent = re.findall(rf"^ +(\S+)/ +to .*, as ({srv}/[a-z-]+)", said, re.MULTILINE)
+    assert [folder for folder, _ in sent] == ["superlink", "samples", "alpha"]
+    for folder, there in sent:
+        shutil.copytree(tmp_path / "made" / folder, there, dirs_exist_ok=True)  # as rsync does
+    for folder, words in zip(sent, ("--database", "serve-samples", "--node-config"), strict=True):
+        (unit,) = Path(folder[1]).glob("*.service")
+        command = unit_file(unit)["Service"]["ExecStart"].replace("%i", "alpha").split()
+        assert words in started(Path(command[0]), *command[1:], tmp_path=tmp_path)
 
 
 def test_the_window_in_the_unit_is_that_of_the_installed_flower(kit: Kit) -> None:
@@ -289,7 +325,8 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     units.mkdir()
     shutil.copy(kit.superlink / "ret-fl-superlink.service", units)
     shutil.copy(kit.path / "alpha" / "ret-fl-supernode@.service", units / "ret-fl-supernode@alpha-gpu0.service")
-    shutil.copytree(kit.superlink, tmp_path / "kit")  # where ExecStart looks
+    shutil.copytree(kit.superlink, tmp_path / "kit-superlink")  # where ExecStart looks
+    shutil.copytree(kit.path / "alpha", tmp_path / "kit")
     done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip()

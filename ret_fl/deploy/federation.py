@@ -23,7 +23,7 @@ EXAMPLE = """\
 # A federation of three hosts: `ret-fl deploy init federation.toml --out kit` makes from it all that the hosts need.
 
 name = "ret-fl"
-folder = "/srv/ret-fl"    # on every host: venv/ (ret-fl installed), kit/ (that host's folder), state/
+folder = "/srv/ret-fl"    # on every host: venv/ (ret-fl installed), kit/ and kit-.../, state/
 user = "ret-fl"           # the account that systemd runs everything as
 tls = true                # TLS and node authentication; false is for trying out on a network nobody else is on
 image = "ret-fl:latest"    # for compose.yaml and kubernetes.yaml: built from deploy/Dockerfile
