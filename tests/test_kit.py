@@ -204,11 +204,14 @@ def test_no_secret_is_printed(tmp_path: Path) -> None:
 
 
 def started(script: Path, *arguments: str, tmp_path: Path, **environment: str) -> list[str]:
-    """What a `start` script would run: the arguments that a stand-in for its command was given, then its GPUs."""
+    """What a `start` script would run: the arguments that a stand-in for its command was given.
+
+    The stand-in's environment is what `environment_of_the_started` then reads.
+    """
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     for name in ("flower-superlink", "flower-supernode", "ret-fl"):
-        (tools / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@" "${CUDA_VISIBLE_DEVICES-}"\n')
+        (tools / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@"\nenv > {tmp_path}/environment\n')
         (tools / name).chmod(0o755)
     search = f"{tools}:/usr/bin:/bin"
     done = subprocess.run(
@@ -222,9 +225,14 @@ def started(script: Path, *arguments: str, tmp_path: Path, **environment: str) -
     return done.stdout.split("\n")[:-1]
 
 
+def environment_of_the_started(tmp_path: Path) -> dict[str, str]:
+    lines = (tmp_path / "environment").read_text().splitlines()
+    return dict(line.partition("=")[::2] for line in lines)
+
+
 def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path: Path) -> None:
     words = started(kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path)
-    options = dict(zip(words[:-1:2], words[1:-1:2], strict=True))
+    options = dict(zip(words[::2], words[1::2], strict=True))
     assert options["--superlink"] == "superlink.example.org:8000"
     assert options["--auth-supernode-private-key"] == str(kit.path / "alpha" / "alpha-gpu1.key")
     assert options["--root-certificates"] == str(kit.path / "alpha" / "ca.crt")
@@ -238,12 +246,26 @@ def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path:
         'data-path="/srv/ret-fl/data"',
         'device="cuda"',
     ]
-    assert words[-1] == "1"
+    environment = environment_of_the_started(tmp_path)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # the numbers of nvidia-smi, which CUDA's own are not
+
+
+def test_all_that_runs_on_a_host_has_one_cache(kit: Kit, tmp_path: Path) -> None:
+    caches = set()
+    for folder, *node in (("alpha", "alpha-gpu0"), ("alpha", "alpha-gpu1"), ("superlink",)):
+        started(kit.path / folder / "start", *node, tmp_path=tmp_path)
+        caches.add(environment_of_the_started(tmp_path)["XDG_CACHE_HOME"])
+    assert caches == {str(tmp_path / "state" / "cache")}
+    started(kit.path / "alpha/start", "alpha-gpu0", tmp_path=tmp_path, XDG_CACHE_HOME="/own")
+    assert environment_of_the_started(tmp_path)["XDG_CACHE_HOME"] == "/own"
 
 
 def test_where_the_gpu_and_superlink_are_given_from_outside_they_win(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="0", SUPERLINK="superlink:8000")
-    assert words[-1] == "0"
+    words = started(
+        kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="0", SUPERLINK="superlink:8000"
+    )
+    assert environment_of_the_started(tmp_path)["CUDA_VISIBLE_DEVICES"] == "0"
     assert words[words.index("--superlink") + 1] == "superlink:8000"
 
 

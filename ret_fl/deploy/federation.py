@@ -44,7 +44,7 @@ data-path = "/srv/ret-fl/data"    # for containers: what is mounted there; runs 
 
 [[hosts]]
 name = "alpha"
-gpus = [0, 1]                     # a SuperNode for each; leave out for one SuperNode on the CPU
+gpus = [0, 1]                     # nvidia-smi's numbers, a SuperNode each; leave out for one SuperNode on the CPU
 data-path = "/srv/ret-fl/data"    # replaces the run's data.path on this host; leave out for built-in data
 runtime-port = 9094               # first of the loopback ports its SuperNodes take, one each
 worker = true                     # a process a SuperNode keeps the model between orders; false loads it for each
@@ -55,7 +55,7 @@ gpus = [0]
 data-path = "/srv/ret-fl/data"
 
 # [hosts.node-config]                      # optional, under its host: further settings of its SuperNodes
-# cache-dir = "/var/cache/ret-fl"          # decoded and fetched images
+# cache-dir = "/scratch/ret-fl"            # decoded and fetched images; else in state/cache. `user` must own it
 # model-folder = "/srv/ret-fl/model"       # where the run's model.init-from lies here
 """
 
