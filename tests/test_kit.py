@@ -12,10 +12,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-import kubernetes_validate
 import pytest
-import yaml
-from compose_spec import PyCompose
 from conftest import ret_fl
 from cryptography import x509
 from flwr.cli.supernode.register import try_load_public_key
@@ -298,7 +295,7 @@ def test_flowers_command_finds_the_federation_in_the_operators_folder(kit: Kit) 
     assert Path(connection["root-certificates"]).read_bytes() == (kit.ca / "ca.crt").read_bytes()
 
 
-# --- units, compose, Kubernetes ---------------------------------------------------------------------------------
+# --- units ---------------------------------------------------------------------------------------------------------
 
 
 def unit_file(file: Path) -> configparser.ConfigParser:
@@ -352,69 +349,6 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip()
-
-
-@pytest.mark.parametrize("folder", ["superlink", "alpha", "beta"])
-def test_compose_files_fit_the_specification(kit: Kit, folder: str) -> None:
-    text = (kit.path / folder / "compose.yaml").read_text()
-    compose = PyCompose.from_yaml(text)  # refuses unknown keys and values
-    compose.validate()
-    with pytest.raises(ValueError, match="alwayz"):
-        PyCompose.from_yaml(text.replace("restart: always", "restart: alwayz"))
-
-
-def test_compose_gives_each_supernode_its_gpu_and_restarts_it(kit: Kit) -> None:
-    services = yaml.safe_load((kit.path / "alpha" / "compose.yaml").read_text())["services"]
-    for name, gpu in (("alpha-gpu0", "0"), ("alpha-gpu1", "1")):
-        service = services[name]
-        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-        assert device["device_ids"] == [gpu]
-        assert service["environment"]["CUDA_VISIBLE_DEVICES"] == "0"
-        assert service["restart"] == "always"
-        assert service["init"] is True  # a worker's parent ends
-        assert service["command"][-1] == name
-
-
-@pytest.mark.parametrize("tls", [True, False])
-@pytest.mark.parametrize("version", ["1.28", "1.37"])
-def test_kubernetes_accepts_the_manifests(tmp_path: Path, version: str, tls: bool) -> None:
-    kit = write_kit(example(tls=tls), tmp_path / "kit")
-    documents = list(yaml.safe_load_all((kit.path / "kubernetes.yaml").read_text()))
-    for document in documents:
-        kubernetes_validate.validate(document, version, strict=True)
-    documents[-1]["spec"]["template"]["spec"]["containers"][0]["imagen"] = "typo"
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(documents[-1], version, strict=True)
-
-
-def test_on_kubernetes_each_supernode_asks_for_one_gpu_and_mounts_its_own_secret(kit: Kit) -> None:
-    documents = list(yaml.safe_load_all((kit.path / "kubernetes.yaml").read_text()))
-    pods = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in documents if d["kind"] == "Deployment"}
-    assert set(pods) == {"superlink", *NODES}
-    claims = {d["metadata"]["name"] for d in documents if d["kind"] == "PersistentVolumeClaim"}
-    assert claims == {"superlink"}
-    for name in NODES:
-        (container,) = pods[name]["containers"]
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
-        assert pods[name]["shareProcessNamespace"] is True  # a worker's parent ends
-        assert {"name": "SUPERLINK", "value": "superlink:8000"} in container["env"]
-        volumes = {volume["name"]: volume for volume in pods[name]["volumes"]}
-        assert volumes["kit"]["secret"]["secretName"] == name
-    for pod in pods.values():
-        assert pod["containers"][0]["volumeMounts"][-1]["mountPath"] == "/srv/ret-fl/data"
-        assert {m["name"] for m in pod["containers"][0]["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-def test_kubectl_makes_the_secrets_as_the_manifest_says(kit: Kit) -> None:
-    lines = [line for line in (kit.path / "kubernetes.yaml").read_text().splitlines() if "create secret" in line]
-    assert len(lines) == 1 + len(NODES)
-    for line in lines:
-        command = [*line.removeprefix("#").split(), "--dry-run=client", "--output=yaml"]
-        done = subprocess.run(command, cwd=kit.path, capture_output=True, text=True, check=True)
-        made = yaml.safe_load(done.stdout)
-        assert {"start", "ca.crt"} < set(made["data"])
-        kubernetes_validate.validate(made, "1.37", strict=True)
 
 
 def test_the_authority_and_its_key_load_again(kit: Kit) -> None:
