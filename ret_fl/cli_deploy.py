@@ -73,9 +73,9 @@ def init(
 def _contents(federation: Federation) -> list[tuple[str, str]]:
     """What the kit's folders are for, in the order they are needed."""
     there = f"as {federation.folder}/kit"
-    lines = [("superlink/", f"to {federation.superlink.host}, {there}")]
+    lines = [("superlink/", f"to {federation.superlink.host}, {there}-superlink")]
     if samples := federation.samples:
-        lines.append(("samples/", f"to {samples.host}, as {federation.folder}/kit-samples: what serves the samples"))
+        lines.append(("samples/", f"to {samples.host}, {there}-samples: what serves the samples"))
     for host in federation.hosts:
         nodes = ", ".join(node.name for node in federation.on(host))
         lines.append((f"{host.name}/", f"to host {host.name}, {there}: SuperNodes {nodes}"))

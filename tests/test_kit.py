@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shutil
 import ssl
 import stat
@@ -11,10 +12,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-import kubernetes_validate
 import pytest
-import yaml
-from compose_spec import PyCompose
 from conftest import ret_fl
 from cryptography import x509
 from flwr.cli.supernode.register import try_load_public_key
@@ -179,6 +177,19 @@ def test_a_second_init_keeps_authority_and_node_keys_and_renews_the_certificate(
     handshake(tmp_path / "kit" / "superlink", tmp_path / "kit" / "gamma" / "ca.crt", "10.0.0.6")
 
 
+def test_without_the_old_authority_a_second_init_makes_one_that_every_folder_trusts(tmp_path: Path) -> None:
+    kit = write_kit(example(), tmp_path / "kit")
+    shutil.copy(kit.ca / "ca.crt", tmp_path / "old.crt")
+    keys = {file: file.read_bytes() for node in NODES for file in kit.path.rglob(f"{node}.key")}
+    shutil.rmtree(kit.ca)
+    write_kit(example(), kit.path)
+    for folder in (kit.operator, kit.path / "alpha", kit.path / "beta"):
+        handshake(kit.superlink, folder / "ca.crt", "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        handshake(kit.superlink, tmp_path / "old.crt", "localhost")
+    assert len(keys) == 3 and all(file.read_bytes() == content for file, content in keys.items())
+
+
 def test_no_secret_is_printed(tmp_path: Path) -> None:
     (tmp_path / "federation.toml").write_text(EXAMPLE)
     printed = ret_fl("deploy", "init", tmp_path / "federation.toml", "--out", tmp_path / "kit").output
@@ -189,16 +200,19 @@ def test_no_secret_is_printed(tmp_path: Path) -> None:
 # --- what starts it ---------------------------------------------------------------------------------------------
 
 
-def started(kit: Kit, folder: str, *arguments: str, tmp_path: Path, **environment: str) -> list[str]:
-    """What a `start` script would run: the arguments that a stand-in for Flower's command was given, then its GPUs."""
+def started(script: Path, *arguments: str, tmp_path: Path, **environment: str) -> list[str]:
+    """What a `start` script would run: the arguments that a stand-in for its command was given.
+
+    The stand-in's environment is what `environment_of_the_started` then reads.
+    """
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
-    for name in ("flower-superlink", "flower-supernode"):
-        (tools / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@" "${CUDA_VISIBLE_DEVICES-}"\n')
+    for name in ("flower-superlink", "flower-supernode", "ret-fl"):
+        (tools / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@"\nenv > {tmp_path}/environment\n')
         (tools / name).chmod(0o755)
     search = f"{tools}:/usr/bin:/bin"
     done = subprocess.run(
-        [kit.path / folder / "start", *arguments],
+        [script, *arguments],
         env={"PATH": search, "RET_FL_STATE": str(tmp_path / "state")} | environment,
         capture_output=True,
         text=True,
@@ -208,9 +222,14 @@ def started(kit: Kit, folder: str, *arguments: str, tmp_path: Path, **environmen
     return done.stdout.split("\n")[:-1]
 
 
+def environment_of_the_started(tmp_path: Path) -> dict[str, str]:
+    lines = (tmp_path / "environment").read_text().splitlines()
+    return dict(line.partition("=")[::2] for line in lines)
+
+
 def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit, "alpha", "alpha-gpu1", tmp_path=tmp_path)
-    options = dict(zip(words[:-1:2], words[1:-1:2], strict=True))
+    words = started(kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path)
+    options = dict(zip(words[::2], words[1::2], strict=True))
     assert options["--superlink"] == "superlink.example.org:8000"
     assert options["--auth-supernode-private-key"] == str(kit.path / "alpha" / "alpha-gpu1.key")
     assert options["--root-certificates"] == str(kit.path / "alpha" / "ca.crt")
@@ -224,24 +243,38 @@ def test_a_supernode_starts_on_its_gpu_with_its_key_and_data(kit: Kit, tmp_path:
         'data-path="/srv/ret-fl/data"',
         'device="cuda"',
     ]
-    assert words[-1] == "1"
+    environment = environment_of_the_started(tmp_path)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # the numbers of nvidia-smi, which CUDA's own are not
+
+
+def test_all_that_runs_on_a_host_has_one_cache(kit: Kit, tmp_path: Path) -> None:
+    caches = set()
+    for folder, *node in (("alpha", "alpha-gpu0"), ("alpha", "alpha-gpu1"), ("superlink",)):
+        started(kit.path / folder / "start", *node, tmp_path=tmp_path)
+        caches.add(environment_of_the_started(tmp_path)["XDG_CACHE_HOME"])
+    assert caches == {str(tmp_path / "state" / "cache")}
+    started(kit.path / "alpha/start", "alpha-gpu0", tmp_path=tmp_path, XDG_CACHE_HOME="/own")
+    assert environment_of_the_started(tmp_path)["XDG_CACHE_HOME"] == "/own"
 
 
 def test_where_the_gpu_and_superlink_are_given_from_outside_they_win(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit, "alpha", "alpha-gpu1", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="0", SUPERLINK="superlink:8000")
-    assert words[-1] == "0"
+    words = started(
+        kit.path / "alpha/start", "alpha-gpu1", tmp_path=tmp_path, CUDA_VISIBLE_DEVICES="0", SUPERLINK="superlink:8000"
+    )
+    assert environment_of_the_started(tmp_path)["CUDA_VISIBLE_DEVICES"] == "0"
     assert words[words.index("--superlink") + 1] == "superlink:8000"
 
 
 def test_a_supernode_of_another_host_is_refused(kit: Kit, tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as error:
-        started(kit, "beta", "alpha-gpu0", tmp_path=tmp_path)
+        started(kit.path / "beta/start", "alpha-gpu0", tmp_path=tmp_path)
     assert error.value.returncode == 2
     assert "one of: beta-gpu0" in error.value.stderr
 
 
 def test_the_superlink_authenticates_nodes_and_installs_nothing(kit: Kit, tmp_path: Path) -> None:
-    words = started(kit, "superlink", tmp_path=tmp_path)
+    words = started(kit.path / "superlink/start", tmp_path=tmp_path)
     assert {"--enable-supernode-auth", "--disable-runtime-dependency-installation"} <= set(words)
     assert "--insecure" not in words
     assert words[words.index("--database") + 1] == str(tmp_path / "state" / "superlink" / "state.db")
@@ -250,8 +283,8 @@ def test_the_superlink_authenticates_nodes_and_installs_nothing(kit: Kit, tmp_pa
 def test_without_tls_nothing_is_secret_and_everything_says_insecure(tmp_path: Path) -> None:
     kit = write_kit(example(tls=False), tmp_path / "kit")
     assert not list(kit.path.rglob("*.key")) and not (kit.operator / "register").exists()
-    assert "--insecure" in started(kit, "superlink", tmp_path=tmp_path)
-    assert "--insecure" in started(kit, "beta", "beta-gpu0", tmp_path=tmp_path)
+    assert "--insecure" in started(kit.path / "superlink/start", tmp_path=tmp_path)
+    assert "--insecure" in started(kit.path / "beta/start", "beta-gpu0", tmp_path=tmp_path)
     assert tomllib.loads((kit.operator / "config.toml").read_text())["superlink"]["ret-fl"]["insecure"] is True
 
 
@@ -262,18 +295,40 @@ def test_flowers_command_finds_the_federation_in_the_operators_folder(kit: Kit) 
     assert Path(connection["root-certificates"]).read_bytes() == (kit.ca / "ca.crt").read_bytes()
 
 
-# --- units, compose, Kubernetes ---------------------------------------------------------------------------------
+# --- units ---------------------------------------------------------------------------------------------------------
+
+
+def unit_file(file: Path) -> configparser.ConfigParser:
+    parsed = configparser.ConfigParser(interpolation=None)
+    parsed.optionxform = str  # type: ignore[assignment, method-assign]
+    parsed.read(file)
+    return parsed
 
 
 @pytest.mark.parametrize("unit", ["superlink/ret-fl-superlink.service", "alpha/ret-fl-supernode@.service"])
 def test_units_restart_for_ever_and_outlive_the_reactivation_window(kit: Kit, unit: str) -> None:
-    parsed = configparser.ConfigParser(interpolation=None)
-    parsed.optionxform = str  # type: ignore[assignment, method-assign]
-    parsed.read(kit.path / unit)
+    parsed = unit_file(kit.path / unit)
     assert parsed["Service"]["Restart"] == "always"
     assert 2 <= int(parsed["Service"]["RestartSec"]) <= REACTIVATION_SECONDS
     assert parsed["Unit"]["StartLimitIntervalSec"] == "0"
-    assert parsed["Service"]["ExecStart"].startswith("/no/ret-fl/kit/start")
+
+
+def test_superlink_sample_service_and_supernodes_can_share_a_host(tmp_path: Path) -> None:
+    srv, file = tmp_path / "srv", tmp_path / "federation.toml"
+    (tmp_path / "run.toml").write_text("data.limit = 24")
+    file.write_text(
+        f'folder = "{srv}"\n[superlink]\nhost = "alpha"\n[samples]\nhost = "alpha"\npreset = "run.toml"\n'
+        '[[hosts]]\nname = "alpha"\n'
+    )
+    said = ret_fl("deploy", "init", file, "--out", tmp_path / "made").output
+    sent = re.findall(rf"^ +(\S+)/ +to .*, as ({srv}/[a-z-]+)", said, re.MULTILINE)
+    assert [folder for folder, _ in sent] == ["superlink", "samples", "alpha"]
+    for folder, there in sent:
+        shutil.copytree(tmp_path / "made" / folder, there, dirs_exist_ok=True)  # as rsync does
+    for folder, words in zip(sent, ("--database", "serve-samples", "--node-config"), strict=True):
+        (unit,) = Path(folder[1]).glob("*.service")
+        command = unit_file(unit)["Service"]["ExecStart"].replace("%i", "alpha").split()
+        assert words in started(Path(command[0]), *command[1:], tmp_path=tmp_path)
 
 
 def test_the_window_in_the_unit_is_that_of_the_installed_flower(kit: Kit) -> None:
@@ -289,73 +344,11 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     units.mkdir()
     shutil.copy(kit.superlink / "ret-fl-superlink.service", units)
     shutil.copy(kit.path / "alpha" / "ret-fl-supernode@.service", units / "ret-fl-supernode@alpha-gpu0.service")
-    shutil.copytree(kit.superlink, tmp_path / "kit")  # where ExecStart looks
+    shutil.copytree(kit.superlink, tmp_path / "kit-superlink")  # where ExecStart looks
+    shutil.copytree(kit.path / "alpha", tmp_path / "kit")
     done = subprocess.run(["systemd-analyze", "verify", *units.iterdir()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip()
-
-
-@pytest.mark.parametrize("folder", ["superlink", "alpha", "beta"])
-def test_compose_files_fit_the_specification(kit: Kit, folder: str) -> None:
-    text = (kit.path / folder / "compose.yaml").read_text()
-    compose = PyCompose.from_yaml(text)  # refuses unknown keys and values
-    compose.validate()
-    with pytest.raises(ValueError, match="alwayz"):
-        PyCompose.from_yaml(text.replace("restart: always", "restart: alwayz"))
-
-
-def test_compose_gives_each_supernode_its_gpu_and_restarts_it(kit: Kit) -> None:
-    services = yaml.safe_load((kit.path / "alpha" / "compose.yaml").read_text())["services"]
-    for name, gpu in (("alpha-gpu0", "0"), ("alpha-gpu1", "1")):
-        service = services[name]
-        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-        assert device["device_ids"] == [gpu]
-        assert service["environment"]["CUDA_VISIBLE_DEVICES"] == "0"
-        assert service["restart"] == "always"
-        assert service["init"] is True  # a worker's parent ends
-        assert service["command"][-1] == name
-
-
-@pytest.mark.parametrize("tls", [True, False])
-@pytest.mark.parametrize("version", ["1.28", "1.37"])
-def test_kubernetes_accepts_the_manifests(tmp_path: Path, version: str, tls: bool) -> None:
-    kit = write_kit(example(tls=tls), tmp_path / "kit")
-    documents = list(yaml.safe_load_all((kit.path / "kubernetes.yaml").read_text()))
-    for document in documents:
-        kubernetes_validate.validate(document, version, strict=True)
-    documents[-1]["spec"]["template"]["spec"]["containers"][0]["imagen"] = "typo"
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(documents[-1], version, strict=True)
-
-
-def test_on_kubernetes_each_supernode_asks_for_one_gpu_and_mounts_its_own_secret(kit: Kit) -> None:
-    documents = list(yaml.safe_load_all((kit.path / "kubernetes.yaml").read_text()))
-    pods = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in documents if d["kind"] == "Deployment"}
-    assert set(pods) == {"superlink", *NODES}
-    claims = {d["metadata"]["name"] for d in documents if d["kind"] == "PersistentVolumeClaim"}
-    assert claims == {"superlink"}
-    for name in NODES:
-        (container,) = pods[name]["containers"]
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": 1}
-        assert pods[name]["shareProcessNamespace"] is True  # a worker's parent ends
-        assert {"name": "SUPERLINK", "value": "superlink:8000"} in container["env"]
-        volumes = {volume["name"]: volume for volume in pods[name]["volumes"]}
-        assert volumes["kit"]["secret"]["secretName"] == name
-    for pod in pods.values():
-        assert pod["containers"][0]["volumeMounts"][-1]["mountPath"] == "/srv/ret-fl/data"
-        assert {m["name"] for m in pod["containers"][0]["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-def test_kubectl_makes_the_secrets_as_the_manifest_says(kit: Kit) -> None:
-    lines = [line for line in (kit.path / "kubernetes.yaml").read_text().splitlines() if "create secret" in line]
-    assert len(lines) == 1 + len(NODES)
-    for line in lines:
-        command = [*line.removeprefix("#").split(), "--dry-run=client", "--output=yaml"]
-        done = subprocess.run(command, cwd=kit.path, capture_output=True, text=True, check=True)
-        made = yaml.safe_load(done.stdout)
-        assert {"start", "ca.crt"} < set(made["data"])
-        kubernetes_validate.validate(made, "1.37", strict=True)
 
 
 def test_the_authority_and_its_key_load_again(kit: Kit) -> None:

@@ -50,7 +50,7 @@ def with_samples(place: Path, **changes: object) -> Federation:
 
 def told(kit: Kit, host: str, node: str, folder: Path, **environment: str) -> dict[str, Scalar]:
     """The node config that a SuperNode is started with, as Flower reads it."""
-    words = started(kit, host, node, tmp_path=folder, **environment)
+    words = started(kit.path / host / "start", node, tmp_path=folder, **environment)
     return parse_config_args([words[words.index("--node-config") + 1]])
 
 

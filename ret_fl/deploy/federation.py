@@ -23,7 +23,7 @@ EXAMPLE = """\
 # A federation of three hosts: `ret-fl deploy init federation.toml --out kit` makes from it all that the hosts need.
 
 name = "ret-fl"
-folder = "/srv/ret-fl"    # on every host: venv/ (ret-fl installed), kit/ (that host's folder), state/
+folder = "/srv/ret-fl"    # on every host: venv/ (ret-fl installed), kit/ and kit-.../, state/
 user = "ret-fl"           # the account that systemd runs everything as
 tls = true                # TLS and node authentication; false is for trying out on a network nobody else is on
 image = "ret-fl:latest"    # for compose.yaml and kubernetes.yaml: built from deploy/Dockerfile
@@ -32,19 +32,20 @@ certificate-days = 397     # validity of the SuperLink's certificate; `init` aga
 [superlink]
 host = "superlink.example.org"    # name or address that SuperNodes and `flwr` connect to
 also = ["10.0.0.5"]               # further names and addresses for its certificate
-bind = "0.0.0.0"                  # where it listens
+bind = "0.0.0.0"                  # the address where it listens, or is published by a container
 port = 8000
 data-path = "/srv/ret-fl/data"    # for containers: what is mounted there; runs need it as data.path in any case
+# mounts = ["/srv/ret-fl/model"]    # for containers: further folders that runs name, as in model.init-from
 
 # [samples]                         # optional: serves the samples of orders to hosts without data-path
 # host = "data.example.org"         # name or address that SuperNodes connect to; it may be the SuperLink's
-# port = 9443                       # `also` and `bind` as above
+# port = 9443                       # `also`, `bind` and `mounts` as above
 # preset = "run.toml"               # the runs' preset, beside this file: its data settings are served
 # data-path = "/srv/ret-fl/data"    # replaces the preset's data.path on this host
 
 [[hosts]]
 name = "alpha"
-gpus = [0, 1]                     # a SuperNode for each; leave out for one SuperNode on the CPU
+gpus = [0, 1]                     # nvidia-smi's numbers, a SuperNode each; leave out for one SuperNode on the CPU
 data-path = "/srv/ret-fl/data"    # replaces the run's data.path on this host; leave out for built-in data
 runtime-port = 9094               # first of the loopback ports its SuperNodes take, one each
 worker = true                     # a process a SuperNode keeps the model between orders; false loads it for each
@@ -55,7 +56,7 @@ gpus = [0]
 data-path = "/srv/ret-fl/data"
 
 # [hosts.node-config]                      # optional, under its host: further settings of its SuperNodes
-# cache-dir = "/var/cache/ret-fl"          # decoded and fetched images
+# cache-dir = "/scratch/ret-fl"            # decoded and fetched images; else in state/cache. `user` must own it
 # model-folder = "/srv/ret-fl/model"       # where the run's model.init-from lies here
 """
 
@@ -75,6 +76,13 @@ def _address(text: str) -> str:
     return text
 
 
+def _ip(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
 def _path(text: str) -> str:
     # it goes into shell scripts, unit files and Flower's node config, whose quoting rules differ
     if not re.fullmatch(r"/[A-Za-z0-9._/@+-]*", text):
@@ -92,6 +100,7 @@ def _bracketed(address: str) -> str:
 
 Label = Annotated[str, AfterValidator(_label)]
 Address = Annotated[str, AfterValidator(_address)]
+Ip = Annotated[str, AfterValidator(_ip)]
 HostPath = Annotated[str, AfterValidator(_path)]
 NodeConfig = Annotated[dict[str, Any], AfterValidator(checked)]
 
@@ -103,19 +112,33 @@ class _Table(BaseModel):
 
 
 class _Service(_Table):
-    """Where something is reached and where it listens. known_as: its name inside Kubernetes."""
+    """Where something is reached and where it listens.
+
+    known_as: its name inside Kubernetes. mounts: folders that runs name, beside `data_path`.
+    """
 
     known_as: ClassVar[str]
     host: Address
     also: tuple[Address, ...] = ()
-    bind: Address = "0.0.0.0"
+    bind: Ip = "0.0.0.0"
     port: int = Field(ge=1, le=65535)
     data_path: HostPath | None = None
+    mounts: tuple[HostPath, ...] = ()
 
     @property
     def address(self) -> str:
         """host:port, as SuperNodes and `flwr` want it."""
         return f"{_bracketed(self.host)}:{self.port}"
+
+    @property
+    def published_on(self) -> str:
+        """`bind` as a port follows it."""
+        return _bracketed(self.bind)
+
+    @property
+    def mounted(self) -> dict[str, bool]:
+        """Folders of the host that a container needs -> whether it only reads there, which it does."""
+        return dict.fromkeys([*([self.data_path] if self.data_path else []), *self.mounts], True)
 
     @property
     def certificate_names(self) -> list[str]:
@@ -137,11 +160,6 @@ class Samples(_Service):
     port: int = Field(9443, ge=1, le=65535)
     preset: Annotated[Path, AfterValidator(_beside_the_federation_file)]
 
-    @property
-    def listens_on(self) -> str:
-        """`bind` as gRPC wants it."""
-        return _bracketed(self.bind)
-
 
 class Host(_Table):
     """A machine with one SuperNode a GPU, or one on its CPU.
@@ -159,7 +177,7 @@ class Host(_Table):
     node_config: NodeConfig = Field(default_factory=dict)
 
     @property
-    def mounts(self) -> dict[str, bool]:
+    def mounted(self) -> dict[str, bool]:
         """Folders of the host that a container needs -> whether it only reads there."""
         told = {str(path): MOUNTED[key] for key, path in self.node_config.items() if key in MOUNTED}
         data = {self.data_path: True} if self.data_path else {}
