@@ -63,4 +63,14 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
+    return text if text and text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
+
+
+def one_line(text: str, most: int) -> str:
+    """What another machine says, fit for a log and a terminal.
+
+    Of more than `most` characters the middle is left out, and what does not print, line breaks too, is escaped.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
