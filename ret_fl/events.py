@@ -26,7 +26,7 @@ EVENTS = (JOINED, REFUSED, GONE, BACK, SENT, ANSWERED, FAILED, TRAINED, BEGUN, R
 
 Event = dict[str, Any]
 
-_LINE = re.compile(rf"(?:\x1b\[\d+m)?(?:INFO|WARNING) *(?:\x1b\[0m)? *: +({'|'.join(EVENTS)}): (.*)")
+_LINE = re.compile(rf"(?:\x1b\[\d+m)?(?:INFO|WARNING) *(?:\x1b\[0m)? *: +({'|'.join(EVENTS)}): (.*) at=(\S+)")
 _FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')
 
 
@@ -75,7 +75,7 @@ def from_log(text: str) -> list[Event]:
     for line in text.splitlines():
         if told := _LINE.fullmatch(line):
             fields = {key: _read(value) for key, value in _FIELD.findall(told[2])}
-            events.append({"time": datetime.fromisoformat(fields.pop("at")).timestamp(), "event": told[1]} | fields)
+            events.append({"time": datetime.fromisoformat(told[3]).timestamp(), "event": told[1]} | fields)
     return events
 
 
@@ -83,7 +83,7 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    return json.dumps(text) if not text or any(c.isspace() or c in '"=' for c in text) else text
+    return text if text and text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
 
 
 def _read(text: str) -> Any:
@@ -96,3 +96,13 @@ def _read(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def one_line(text: str, most: int) -> str:
+    """What another machine says, fit for a log and a terminal.
+
+    Of more than `most` characters the middle is left out, and what does not print, line breaks too, is escaped.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

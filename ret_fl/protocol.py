@@ -14,6 +14,7 @@ from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM, KEY_NORM_BIT
 from numpy.typing import NDArray
 
 from ret_fl.config import RunConfig
+from ret_fl.events import one_line
 from ret_fl.packing import PackingError, State, pack_state, unpack_state
 
 Ids = NDArray[np.int64]
@@ -37,8 +38,15 @@ _RAISED = "Exception ClientAppException occurred. Message: "
 """What Flower puts before the text of an exception that a ClientApp raised."""
 
 
+MOST_SAID, MOST_NAME = 2000, 100
+"""Characters that are kept of what a node says went wrong, and of its device and fingerprint."""
+
+
 class ProtocolError(ValueError):
-    """A message that is not what this version of ret-fl sends."""
+    """A message that is not what this version of ret-fl sends; said in one line, whatever the message holds."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(one_line(why, MOST_SAID))
 
 
 def _unpack(record: ArrayRecord) -> dict[str, NDArray]:
@@ -55,13 +63,13 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def reason_of(error: Error) -> str:
-    """What a reply without content says: the words of the client's exception where Flower wrapped them.
+    """What a reply without content says, in one line: the words of the client's exception where Flower wrapped them.
 
     Around them are Flower's own exception and, in a simulation, Ray's traceback, which the log has, too.
     """
     said = error.reason or f"error {error.code} without a reason"
     _, raised, words = said.rpartition(_RAISED)
-    return words.removesuffix("'>").strip() if raised else said
+    return one_line(words.removesuffix("'>").strip() if raised else said, MOST_SAID)
 
 
 def find(record: RecordDict, key: str, kind: type[Record]) -> Record | None:
@@ -385,4 +393,5 @@ class Hello:
             odd = [f"images_per_second is {told['images_per_second']!r}"]
         if odd:
             raise ProtocolError(f"not a hello: {', '.join(odd)}")
-        return cls(**dict(told))  # type: ignore[arg-type]
+        names = {key: one_line(cast(str, told[key]), MOST_NAME) for key in ("device", "fingerprint")}
+        return cls(**{**told, **names})  # type: ignore[arg-type]

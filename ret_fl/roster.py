@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
+from statistics import median_low
 
 from flwr.app import Message, MessageType
 from flwr.common.logger import log
@@ -28,6 +29,8 @@ STAY_SECONDS = 30.0
 """A shard stays with its node, where its moments lie, unless another would be done so many times and seconds sooner."""
 SMOOTH = 0.5
 """How much of its old speed, or of its slower answers, a node keeps at each new measurement."""
+UNTRIED = 10
+"""How many times as fast as the others a node may say it is before it has answered an order."""
 MOST_RESTS = 15
 """For how many rounds, at most, a node that was far behind again and again is left out."""
 
@@ -43,10 +46,10 @@ class Roster:
     journal: where it is told. nodes: what each said of itself. gone: those that Flower no longer hears from. refused:
     what is wrong with the data of nodes that have others. unwell: why a node could not introduce itself. asked: the
     node that owes an introduction, by message ID. first_asked, ask_again: when (monotonic seconds) a node first was,
-    and when it may be anew. speed: images a second of training, measured. turnaround: seconds an image from order to
-    answer, the slower ones lately. behind: how often in a row a node was far behind. rests: for how many more rounds
-    such a node is left out. home: the partition of the node that trained a shard last, which has its moments; the node
-    itself may come back under another ID.
+    and when it may be anew. speed: images a second of training, as the node says. turnaround: seconds an image from
+    order to answer, the slower ones lately. behind: how often in a row a node was far behind. rests: for how many more
+    rounds such a node is left out. home: the partition of the node that trained a shard last, which has its moments;
+    the node itself may come back under another ID.
     """
 
     config: RunConfig
@@ -225,9 +228,20 @@ class Roster:
         self.rests.pop(node, None)
 
     def speed_of(self, node: int) -> float:
-        """Images a second: measured, else the mean of the others, else 1."""
-        known = self.speed.values()
-        return self.speed.get(node) or (sum(known) / len(known) if known else 1.0)
+        """Images a second: as the node says, else the lower median of the others, else 1.
+
+        More than the median is believed as far as the node's answers bear it out, before its first one up to `UNTRIED`
+        times the median. Below the median its word counts, as a slow answer may be the network's fault: without work
+        it could not show better.
+        """
+        others = [speed for other, speed in self.speed.items() if other != node]
+        said = self.speed.get(node)
+        if not others:
+            return said or 1.0
+        usual = median_low(others)
+        answers = self.turnaround.get(node)
+        most = max(usual, 1 / answers) if answers else UNTRIED * usual
+        return min(said or usual, most)
 
     def trained(self, shard: int, node: int, images: int, seconds: float) -> None:
         """Take in that a node has trained a shard: `images` in `seconds`."""

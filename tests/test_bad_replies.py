@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import PLAIN, TINY, Federation, fresh_weights, make_federation
 from federations import UNEQUAL, Recorder, furthest, spoiling
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from orders import SKIP_ALL, make_order, taa, train
 
 from clients.app import app as client_app
 from ret_fl.config import RunConfig, Scalar
+from ret_fl.events import JOINED, as_text
 from ret_fl.packing import pack_state, unpack_state
 from ret_fl.protocol import ARRAYS, METRICS, NUM_EXAMPLES, ORDER, REPORT, ProtocolError, TrainOrder
 from ret_fl.rounds import ShardState, check_reply
@@ -326,3 +330,46 @@ def test_a_report_with_more_than_is_known_is_read_all_the_same(
     fed = federate(tiny(ONE_ROUND), client)
     fed.run()
     assert not fed.rounds[0].failures
+
+
+HUGE = "this disk is full\nINFO: all is well \x1b[2J" + 10**6 * "x"
+
+
+def test_an_error_of_a_megabyte_with_line_breaks_is_told_in_a_short_line(
+    tiny: Tiny, federate: Federate, flower_log: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def raising_it(request: Message, reply: Message) -> Message:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, HUGE), reply_to=request)
+
+    fed = federate(tiny(ONE_ROUND), spoiling(1, raising_it))
+    fed.strategy.journal.path = tmp_path / "events.jsonl"
+    fed.run()
+    assert r"this disk is full\nINFO: all is well \x1b[2J" in fed.rounds[0].failures[1]
+    assert len(json.dumps(fed.rounds[0].row())) < 30_000
+    assert max(len(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()) < 5000
+    assert_told_in_short_lines(flower_log)
+
+
+def test_a_node_that_does_not_say_who_it_is_forges_no_line_of_the_log(
+    tiny: Tiny, federate: Federate, flower_log: pytest.LogCaptureFixture
+) -> None:
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type != MessageType.TRAIN and context.node_config["partition-id"] == 1:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, HUGE), reply_to=message)
+        return client_app(message, context)
+
+    with pytest.raises(FederationError, match=r"Node \d+ answered: this disk is full") as stop:
+        federate(tiny({"wait-seconds": 0.1, "min-nodes": 2}), client).run()
+    assert "all is well" in str(stop.value) and len(str(stop.value)) < 3000 and str(stop.value).isprintable()
+    assert "does not answer properly" in flower_log.text
+    assert_told_in_short_lines(flower_log)
+
+
+def assert_told_in_short_lines(log: pytest.LogCaptureFixture) -> None:
+    told = [record.getMessage() for record in log.records if "this disk is full" in record.getMessage()]
+    assert told and all(len(line) < 5000 and line.isprintable() for line in told)
+
+
+def test_whatever_an_event_holds_is_one_printable_line() -> None:
+    told = as_text(JOINED, {"node": 7, "device": "\x1b[2Jcpu", "why": "a\u2028b", "plain": "é/x"})
+    assert told == r'node joined: node=7 device="\u001b[2Jcpu" why="a\u2028b" plain=é/x'

@@ -290,8 +290,35 @@ def test_an_error_reply_is_told_in_the_words_of_the_client() -> None:
         raise ClientAppException("shard 0: the loss is nan.\nLower optimizer.lr")
     except ClientAppException as error:  # as flwr.supernode and, with a traceback before it, Ray's backend word it
         words = f"{type(error)}:<'{error}'>"
-        assert reason_of(Error(0, words)) == "shard 0: the loss is nan.\nLower optimizer.lr"
+        assert reason_of(Error(0, words)) == r"shard 0: the loss is nan.\nLower optimizer.lr"
         ray = f"<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'{traceback.format_exc()}'>"
-        assert reason_of(Error(0, ray)) == "shard 0: the loss is nan.\nLower optimizer.lr"
+        assert reason_of(Error(0, ray)) == r"shard 0: the loss is nan.\nLower optimizer.lr"
     assert reason_of(Error(3, "the node is unavailable")) == "the node is unavailable"
     assert "3" in reason_of(Error(3))
+
+
+NASTY = "\x1b[2J\x1b]0;owned\x07\x7f\u202e\r\nINFO: all is well, " + 10**6 * "x" + "é, the end"
+
+
+def assert_fit_for_a_terminal(text: str, most: int) -> None:
+    assert text.isprintable() and text.startswith(r"\x1b[2J\x1b]0;owned\x07\x7f\u202e\r\nINFO") and len(text) < most
+    assert text.endswith("é, the end")
+
+
+def test_what_a_node_says_went_wrong_is_cut_and_holds_no_control_codes() -> None:
+    assert_fit_for_a_terminal(reason_of(Error(0, NASTY)), 2100)
+    try:
+        raise ClientAppException(NASTY)
+    except ClientAppException as error:
+        assert_fit_for_a_terminal(reason_of(Error(0, f"{type(error)}:<'{error}'>")), 2100)
+    assert_fit_for_a_terminal(str(ProtocolError(NASTY)), 2100)
+    with pytest.raises(ProtocolError) as refused:
+        TrainReport.unpack(over_the_wire(RecordDict({NASTY: ConfigRecord({})})))
+    assert len(str(refused.value)) < 2100 and str(refused.value).isprintable()
+
+
+def test_what_a_node_says_of_itself_is_cut_and_holds_no_control_codes() -> None:
+    hello = Hello(partition=2, device=NASTY, fingerprint=NASTY, samples=1, images_per_second=0.0)
+    heard = Hello.unpack(over_the_wire(hello.pack()))
+    for text in (heard.device, heard.fingerprint):
+        assert_fit_for_a_terminal(text, 200)

@@ -39,9 +39,10 @@ def test_every_shard_has_a_living_node_and_none_is_much_later_than_it_must(
     assigned = found.assign(images, nodes)
     assert sorted(assigned) == list(range(len(images)))
     assert set(assigned.values()) <= set(nodes)
-    finish = {n: sum(images[k] for k, m in assigned.items() if m == n) / found.speed[n] for n in nodes}
+    speed = {n: found.speed_of(n) for n in nodes}
+    finish = {n: sum(images[k] for k, m in assigned.items() if m == n) / speed[n] for n in nodes}
     # no schedule ends before the work is spread evenly, or before the largest shard is done on the fastest node
-    least = max(sum(images) / sum(speeds), max(images) / max(speeds))
+    least = max(sum(images) / sum(speed.values()), max(images) / max(speed.values()))
     slack = ret_fl.roster.STAY_SECONDS * len(images)
     assert max(finish.values()) <= 2 * ret_fl.roster.STAY * least * 1.0001 + slack
 
@@ -96,6 +97,38 @@ def test_nodes_far_behind_get_work_where_there_are_no_others() -> None:
     found.fell_behind(1)
     found.fell_behind(2)
     assert found.assign([9, 9], [1, 2]) == {0: 1, 1: 2}
+
+
+def test_a_node_that_says_it_took_no_time_does_not_get_all_shards() -> None:
+    """Three nodes of 100 images a second; the third reports 1e-300 s, and answers no sooner than the others."""
+    found = roster({})
+    found.nodes = {node: Hello(i, "cpu", "f", 1, 0.0) for i, node in enumerate((1, 2, 3))}
+    for _ in range(3):
+        for shard, node in enumerate((1, 2, 3)):
+            found.answered(node, 500_000, 5_000.0)
+            found.trained(shard, node, 500_000, 1e-300 if node == 3 else 5_000.0)
+    assert found.speed_of(3) == pytest.approx(100)
+    dealt = list(found.assign([500_000] * 3, [1, 2, 3]).values())
+    assert dealt.count(3) == 1
+    found.nodes[4] = Hello(3, "cpu", "f", 1, 0.0)  # nothing is known of it
+    assert found.speed_of(4) == pytest.approx(100)
+
+
+def test_a_node_that_never_answered_is_no_faster_than_ten_of_the_others() -> None:
+    found = roster({1: 100.0, 2: 120.0, 3: 1e308})
+    assert found.speed_of(3) == 1000
+    assert [float(w) for w in found.sizes(3, [1, 2, 3]).split(",")] == [100, 120, 1000]
+    found.answered(3, 1000, 0.1)  # its word is borne out
+    assert found.speed_of(3) == pytest.approx(10_000)
+
+
+def test_an_answer_that_took_long_on_its_way_does_not_make_a_node_slow() -> None:
+    """Else one that had to fetch its data first would get no shard again, and could not show how fast it is."""
+    found = roster({1: 100.0, 2: 100.0})
+    found.answered(1, 6000, 70.0)
+    found.answered(2, 6000, 660.0)
+    assert found.speed_of(2) == 100
+    assert found.assign([6000] * 4, [1, 2]) == {0: 1, 1: 2, 2: 1, 3: 2}
 
 
 def test_sizes_in_proportion_to_speed_end_together() -> None:

@@ -20,6 +20,7 @@ from ret_fl.audit.classifier import unit_images
 from ret_fl.audit.distances import Images
 from ret_fl.audit.preprocessing import SETTINGS_FILE, Preprocessing
 from ret_fl.audit.weights import CLIP, INCEPTION, NAMED, SSCD, lookalike
+from ret_fl.diffusion.encoders import weight_files
 
 BATCH = 32
 NAMES = " or ".join(f"'{name}'" for name in NAMED)
@@ -199,7 +200,10 @@ def _load_transformers(folder: Path, device: torch.device) -> LoadedModel:
         raise ValueError(f"{folder} has no {SETTINGS_FILE}, which tells the input size and normalisation: add it")
     prepare = Preprocessing.from_file(folder / SETTINGS_FILE)
     try:
-        network, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        weight_files(folder)
+        network, report = AutoModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"transformers cannot open {folder}: {error}") from error
     missing = {str(key) for key in report["missing_keys"]}

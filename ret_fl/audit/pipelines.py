@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ret_fl.data.folder import IMAGE_SUFFIXES
+from ret_fl.diffusion.encoders import weight_files
 from ret_fl.diffusion.ensemble import AveragedUNet, Ensemble, How, is_ensemble, read_ensemble
 from ret_fl.diffusion.sampling import draw_ids, draw_images, image_shape, load_pipeline, noise_shape, start_noise
 from ret_fl.diffusion.text_to_image import BASE_FILE, LORA_FILE, frozen_fingerprint
@@ -293,9 +294,13 @@ def _load_text_to_image(folder: Path, kind: type) -> diffusers.DiffusionPipeline
 
     checked = "requires_safety_checker" in inspect.signature(kind).parameters
     unchecked: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if checked else {}
+    base = pipeline_of(folder)
     with _loading(folder, diffusers, transformers):
+        for part in [base / name for name in parts_of(base) if name not in unchecked]:
+            if (part / "config.json").is_file():  # a network
+                weight_files(part)
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            pipeline_of(folder), local_files_only=True, low_cpu_mem_usage=False, **unchecked
+            base, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False, **unchecked
         )
         if is_adapters(folder):
             _require_base(folder)

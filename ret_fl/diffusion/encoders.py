@@ -14,6 +14,11 @@ from torch import Tensor
 
 from ret_fl.config import ConfigError
 
+SAVE_ANEW = (
+    "pickled weights are not read. Where you trust them, load them with diffusers or transformers once, and save "
+    "them by save_pretrained"
+)
+
 
 def read_config(folder: Path, part: str) -> dict[str, Any]:
     """The config of one part of a pipeline. Raises `ConfigError`."""
@@ -25,13 +30,20 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one part that are loaded where no variant is asked for, sorted. Raises `ConfigError`."""
+    """The safetensors files of one network that are loaded where no variant is asked for, sorted.
+
+    Raises `ConfigError` where there are none, or an index names files of another kind, which would be opened too.
+    """
     found = sorted(file for file in folder.glob("*.safetensors") if file.name.count(".") == 1)
     if not found:
-        raise ConfigError(
-            f"model.init-from: {folder} has no *.safetensors: load the pipeline with diffusers once and save it by "
-            "save_pretrained (pickled weights are not read)"
-        )
+        raise ConfigError(f"{folder} has no *.safetensors: {SAVE_ANEW}")
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index} cannot be read: {type(error).__name__}: {error}") from None
+        if other := sorted(str(name) for name in named if not str(name).endswith(".safetensors")):
+            raise ConfigError(f"{index} names {other[0]}, no *.safetensors: {SAVE_ANEW}")
     return found
 
 
@@ -62,6 +74,7 @@ class Encoders:
 
     @cached_property
     def vae(self) -> AutoencoderKL:
+        weight_files(self.folder / "vae")
         with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read: not from training's noise
             vae = AutoencoderKL.from_pretrained(
                 self.folder / "vae", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
@@ -70,6 +83,7 @@ class Encoders:
 
     @cached_property
     def text_encoder(self) -> Any:
+        weight_files(self.folder / "text_encoder")
         with torch.random.fork_rng(devices=[]):
             encoder = _transformers().CLIPTextModel.from_pretrained(
                 self.folder / "text_encoder", use_safetensors=True, local_files_only=True

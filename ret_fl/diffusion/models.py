@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ret_fl.config import ConfigError, DiffusionConfig, ModelConfig
+from ret_fl.diffusion.encoders import weight_files
 from ret_fl.diffusion.sampling import saved_fold
 from ret_fl.diffusion.text_to_image import is_stable_diffusion
 
@@ -117,7 +118,8 @@ def _pretrained(folder: Path, folded: tuple[int, int], num_classes: int) -> UNet
     kind = json.loads((where / "config.json").read_text()).get("_class_name")
     if kind != "UNet2DModel":
         raise ConfigError(f"model.init-from: {folder} holds a {kind}, and ret-fl trains a UNet2DModel")
-    unet = UNet2DModel.from_pretrained(where, low_cpu_mem_usage=False)
+    weight_files(where)
+    unet = UNet2DModel.from_pretrained(where, use_safetensors=True, low_cpu_mem_usage=False)
     found = (unet.config.in_channels, unet.config.sample_size, unet.config.num_class_embeds or 0)
     if found != (*folded, num_classes):
         raise ConfigError(

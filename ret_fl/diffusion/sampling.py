@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, UNet2DModel
 from torch import Tensor
 
+from ret_fl.diffusion.encoders import weight_files
+
 FOLD_FILE = "pixel_unshuffle.json"
 
 
@@ -110,10 +112,14 @@ def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler, fol
 
 
 def load_pipeline(folder: Path) -> tuple[UNet2DModel, DDPMScheduler, int]:
-    """U-Net, scheduler and fold factor of a folder written by `save_pipeline`, or of any DDPM/DDIM pipeline."""
+    """U-Net, scheduler and fold factor of a folder written by `save_pipeline`, or of any DDPM/DDIM pipeline.
+
+    Raises `FileNotFoundError` where there is none, and `ConfigError` for weights that are no safetensors.
+    """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    unet = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    weight_files(folder / "unet")
+    unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, low_cpu_mem_usage=False)
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     return unet, scheduler, saved_fold(folder)
 
