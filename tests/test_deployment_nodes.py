@@ -98,7 +98,8 @@ def test_a_killed_supernode_is_refused_until_its_minute_is_over_and_then_trains_
     rows = run.rows()
     assert [row["round"] for row in rows] == [1, 2, 3]
     assert not any(row["failures"] for row in rows)
-    assert [len(row["resent"]) for row in rows] == [0, 1, 2]
+    assert [again["shard"] for row in rows[:2] for again in row["resent"]] == [0]
+    assert rows[2]["resent"], "no order was sent again"  # one where rounds are so long that the other is back for it
     told = events_of(run, victim.partition)  # of one node: it is back under the ID that it had
     # one that is back within the half second in which the server did not look was not seen to go
     unseen = "far behind" in rows[1]["resent"][0]["why"]
