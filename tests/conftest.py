@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,6 +228,14 @@ def run_server(config: RunConfig, out: Path, client: Client = client_app, *, res
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, audited at its end."""
     return run_server(RunConfig.from_flat(MEMORIZED), tmp_path_factory.mktemp("audited") / "run").path
+
+
+def copied_app(folder: Path) -> Path:
+    """The app as `flwr run` and `--app` take it, in a folder of its own, where it may be edited."""
+    for part in ("ret_fl", "server", "clients", "simulations"):
+        shutil.copytree(ROOT / part, folder / part)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
 
 
 def ret_fl(*arguments: object) -> CliResult:

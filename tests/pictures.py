@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -29,6 +32,26 @@ def assert_disjoint(splits: DataSplits) -> None:
 def picture(seed: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+def grey_pictures(folder: Path) -> Path:
+    """24 grey PNGs of 8x8 in 2 classes."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = folder / f"class{i % 2}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return folder
+
+
+def one_pixel_changed(pictures: Path, copy: Path) -> Path:
+    """A copy of `grey_pictures` with one pixel changed."""
+    shutil.copytree(pictures, copy)
+    changed = copy / "class1" / "13.png"
+    pixels = np.array(Image.open(changed))
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(changed)
+    return copy
 
 
 def raw(splits: DataSplits) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, copied_app
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_pipelines import small_pipeline
@@ -375,10 +375,7 @@ def test_more_rounds_by_command(run_dir: Path, tmp_path: Path) -> None:
 
 def test_the_code_that_runs_is_the_app_folders(tmp_path: Path) -> None:
     """A researcher edits a copy of the repository and names it by --app: the copy's ret_fl trains."""
-    copy = tmp_path / "copy"
-    for part in ("ret_fl", "server", "clients", "simulations"):
-        shutil.copytree(ROOT / part, copy / part)
-    shutil.copy(ROOT / "pyproject.toml", copy)
+    copy = copied_app(tmp_path / "copy")
     agc = copy / "ret_fl" / "mitigation" / "agc.py"
     agc.write_text(agc.read_text().replace("return mem_ratio * loss >= bank_value", "raise RuntimeError('edited')"))
     out = tmp_path / "run"

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import Federation
 from federations import Recorder, assert_equal_states
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
-from PIL import Image
+from pictures import grey_pictures, one_pixel_changed
 
 import ret_fl.roster
 from ret_fl.config import RunConfig, Scalar
@@ -26,13 +25,7 @@ Federate = Callable[..., Federation]
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """24 grey PNGs of 8x8 in 2 classes."""
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        path = tmp_path / "pictures" / f"class{i % 2}" / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return grey_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -44,12 +37,7 @@ def from_pictures(tiny: Tiny, pictures: Path, tmp_path: Path) -> RunConfig:
 @pytest.fixture
 def one_other_image(from_pictures: RunConfig, pictures: Path) -> tuple[str, list[str]]:
     """A copy of the pictures with one pixel changed, and the words that tell of it."""
-    copy = pictures.parent / "copy"
-    shutil.copytree(pictures, copy)
-    changed = copy / "class1" / "13.png"
-    pixels = np.array(Image.open(changed))
-    pixels[0, 0] ^= 1
-    Image.fromarray(pixels).save(changed)
+    copy = one_pixel_changed(pictures, pictures.parent / "copy")
     own = load_splits(from_pictures.data).train.fingerprint
     other = load_splits(from_pictures.data.model_copy(update={"path": str(copy)})).train.fingerprint
     assert own != other

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ret_fl.deploy.federation import Federation, parse_federation
+from ret_fl.deploy.federation import Federation, SuperNode, parse_federation
 from ret_fl.deploy.kit import Kit, write_kit
 from ret_fl.engines import (
     START_SECONDS,
@@ -70,7 +70,11 @@ class LocalFederation:
     def start_supernodes(self) -> None:
         """Start them all; `wait_for_supernodes` waits until they have joined."""
         for node in self.federation.supernodes:
-            self._start(f"SuperNode {node.name}", self.kit.host(node.host) / "start", node.name)
+            self.start_supernode(node)
+
+    def start_supernode(self, node: SuperNode) -> subprocess.Popen[bytes]:
+        """Start one, or start it again; it is not waited for."""
+        return self._start(f"SuperNode {node.name}", self.kit.host(node.host) / "start", node.name)
 
     def wait_for_supernodes(self, say: Say) -> None:
         """Wait until every SuperNode has joined, as it writes into the log. Raises `RunFailedError`."""
@@ -84,9 +88,9 @@ class LocalFederation:
             for number in range(before + 1, joined + 1):
                 say(f"SuperNode {number} of {total} joined")
 
-    def _start(self, name: str, *command: str | Path) -> None:
+    def _start(self, name: str, *command: str | Path) -> subprocess.Popen[bytes]:
         with self.log_file.open("a") as log:
-            self.processes[name] = subprocess.Popen(
+            self.processes[name] = process = subprocess.Popen(
                 list(map(str, command)),
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -94,6 +98,7 @@ class LocalFederation:
                 stderr=log,
                 start_new_session=True,
             )
+        return process
 
     def wait(self) -> None:
         """Return when a process of it has ended, which none should; raises `RunFailedError` naming it."""
