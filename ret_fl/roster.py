@@ -190,8 +190,9 @@ class Roster:
         """Which node trains each shard: the largest first, each where it would be done soonest.
 
         images: to be trained on in each shard. A shard stays with the node it was on unless another is much faster
-        to finish; at first shard k belongs to the k-th node. Nodes of unknown speed count as fast as the others. A node
-        that was far behind gets nothing for a while: see `fell_behind`.
+        to finish, or has no shard, as one that was away, where that node has others, too; at first shard k belongs to
+        the k-th node. Nodes of unknown speed count as fast as the others. A node that was far behind gets nothing for
+        a while: see `fell_behind`.
         """
         nodes = self._rested(nodes)
         finish = dict.fromkeys(nodes, 0.0)
@@ -201,7 +202,8 @@ class Roster:
             done = {n: finish[n] + images[shard] / self.speed_of(n) for n in nodes}
             node = min(nodes, key=lambda n: (done[n], nodes.index(n)))
             home = at_home[shard % len(at_home)] if at_home else node
-            if done[home] <= max(STAY * done[node], done[node] + STAY_SECONDS):
+            slack = STAY_SECONDS if finish[node] or not finish[home] else 0.0  # a second shard waits for no idle node
+            if done[home] <= max(STAY * done[node], done[node] + slack):
                 node = home
             finish[node] = done[node]
             assigned[shard] = node

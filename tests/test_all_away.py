@@ -13,7 +13,6 @@ from conftest import Federation
 from failing_nodes import FIRST, SECOND, Federate, Tiny, states_differ, unavailable
 from flwr.app import Message, MessageType
 
-import ret_fl.roster
 from ret_fl.protocol import TrainOrder
 from ret_fl.roster import FederationError
 
@@ -95,7 +94,6 @@ def test_too_few_nodes_stop_the_run_with_a_way_to_go_on(
 def test_a_node_that_comes_back_is_used_again(
     tiny: Tiny, federate: Federate, flower_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ret_fl.roster, "STAY_SECONDS", 0.0)
     fed = federate(tiny({"num-server-rounds": 3}))
     # measured in rounds of milliseconds they would differ by chance
     monkeypatch.setattr(fed.strategy.roster, "speed_of", lambda node: 100.0)

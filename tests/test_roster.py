@@ -54,6 +54,8 @@ def test_a_slow_node_gets_the_small_shard() -> None:
 def test_shards_stay_where_their_moments_are_unless_it_costs_too_much() -> None:
     assert roster({1: 100.0, 2: 110.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
     assert roster({1: 100.0, 2: 1.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 1, 1: 1}
+    # a node without a shard takes one of those that are together, however short they are
+    assert roster({1: 100.0, 2: 100.0}, {0: 1, 1: 1}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
     # a few seconds are not worth fresh moments
     assert roster({1: 100.0, 2: 10.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
 
