@@ -111,6 +111,8 @@ def test_a_killed_supernode_is_refused_until_its_minute_is_over_and_then_trains_
 
 SPOILED = """
 
+from dataclasses import replace
+
 from ret_fl.packing import unpack_state
 from ret_fl.protocol import TrainReport
 
@@ -122,17 +124,31 @@ app.query()(honest)
 def spoil(message: Message, context: Context) -> Message:
     round = TrainOrder.unpack(message.content)[0].round
     reply = honest(message, context)
-    if context.node_config["partition-id"] != 1 or round != 2:
+    if context.node_config["partition-id"] != 1 or not 2 <= round <= 6:
         return reply
     report, weights = TrainReport.unpack(reply.content)
     state = unpack_state(weights)
-    next(iter(state.values())).fill(float("nan"))
+    first = next(iter(state))
+    if round == 2:
+        state[first].fill(float("nan"))
+    elif round == 3:
+        state[first] = state[first][..., :1]
+    else:
+        lies = {4: {"ids": report.ids + 1000}, 5: {"round": 4}, 6: {"num_examples": 0}}
+        report = replace(report, **lies[round])
     return Message(report.pack(state), reply_to=message)
 """
-"""What the app of a hostile node has more: in the second round it sends NaN."""
+"""What the app of a hostile node has more: from the second round to the sixth it sends nonsense."""
+
+EQUALLY_FAST = """
+
+# measured in rounds of milliseconds they would differ by chance, and the hostile node have no shard in some round
+Roster.speed_of = lambda self, node: 100.0
+"""
+NONSENSE = ["is not finite", "other names or shapes", "does not own", "answers round 4", "0 examples"]
 
 
-def test_nan_of_a_node_and_other_data_of_another_change_nothing_of_the_outcome(
+def test_nonsense_of_a_node_and_other_data_of_another_change_nothing_of_the_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = grey_pictures(tmp_path / "pictures")
@@ -145,10 +161,11 @@ def test_nan_of_a_node_and_other_data_of_another_change_nothing_of_the_outcome(
 
     monkeypatch.setattr(ret_fl.deploy.local, "loopback_federation", third_has_other_data)
     app = copied_app(tmp_path / "app")
-    with (app / "clients" / "training.py").open("a") as code:
-        code.write(SPOILED)
+    for file, more in (("clients/training.py", SPOILED), ("server/app.py", EQUALLY_FAST)):
+        with (app / file).open("a") as code:
+            code.write(more)
     settings = DEPLOYED | {
-        "num-server-rounds": 3,
+        "num-server-rounds": 7,
         "data.source": "image-folder",
         "data.path": str(pictures),
         "data.limit": 0,
@@ -158,13 +175,14 @@ def test_nan_of_a_node_and_other_data_of_another_change_nothing_of_the_outcome(
     with local_federation(tmp_path / "federation", 3, run.path / "flower.log", tls=True) as running:
         submit(app, run, config, dict(os.environ) | dict(running.environment))
     rows = run.rows()
-    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     assert not any(row["failures"] for row in rows)
-    ((dropped,),) = [row["resent"] for row in rows if row["resent"]]
-    assert rows[1]["resent"] == [dropped] and dropped["shard"] == 1 and "is not finite" in dropped["why"]
-    assert [row["shards"]["1"]["partition"] for row in rows[:2]] == [1, 0]
-    (failed,) = [e for e in events_of(run, 1) if e["event"] == FAILED]
-    assert (failed["round"], failed["shard"], failed["why"]) == (2, 1, dropped["why"])
+    told = [(row["round"], again["shard"], again["why"]) for row in rows for again in row["resent"]]
+    assert [(round, shard) for round, shard, _ in told] == [(round, 1) for round in range(2, 7)]
+    assert all(said in why for said, (_, _, why) in zip(NONSENSE, told, strict=True)), told
+    assert [row["shards"]["1"]["partition"] for row in rows] == [1, 0, 0, 0, 0, 0, 1]
+    failed = [(e["round"], e["shard"], e["why"]) for e in events_of(run, 1) if e["event"] == FAILED]
+    assert failed == told
     (refused,) = events_of(run, 2)
     own, others = (load_splits(config.data.model_copy(update={"path": str(p)})).train for p in (pictures, other))
     assert refused["event"] == REFUSED
