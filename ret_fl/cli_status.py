@@ -32,7 +32,8 @@ def status(
     """How a run is doing now: shards, nodes, their speed, when they were last heard of, losses, skips; Ctrl-C ends it.
 
     RUN_DIR is read where the server writes it. A SUPERLINK is asked by `flwr`: its last runs, its SuperNodes, and how
-    the newest run is doing, by its log (the kit's operator folder as FLWR_HOME makes `federation` such a name).
+    the newest run is doing, by its log. With the kit's operator folder as FLWR_HOME the federation's name is such a
+    SUPERLINK.
     """
     from rich.live import Live
 
@@ -70,7 +71,8 @@ def status(
                 shown, over = look()
                 live.update(shown, refresh=True)
     except ConfigError as error:
-        nowhere = "" if Path(target).expanduser().exists() else f"no folder {target} (yet), nor such a SuperLink: "
+        unknown = not Path(target).expanduser().exists() and "not found in the Flower configuration" in str(error)
+        nowhere = f"no folder {target} (yet), nor such a SuperLink: " if unknown else ""
         raise stop(f"{nowhere}{error}") from None
     except KeyboardInterrupt:
         return
@@ -80,7 +82,6 @@ def _export(target: str, address: str) -> None:
     from ret_fl.config import ConfigError
     from ret_fl.rundir import RunDir
 
-    run = RunDir.existing(target)
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         raise ConfigError(f"--prometheus takes PORT or HOST:PORT (got {address!r})")
@@ -90,5 +91,10 @@ def _export(target: str, address: str) -> None:
         raise ConfigError(
             "--prometheus needs the package prometheus-client: pip install 'ret-fl[prometheus]'"
         ) from None
+    if not Path(target).expanduser().is_dir():
+        typer.echo(f"waiting for {target}: a run's server makes it when it begins")
+    while not Path(target).expanduser().is_dir():
+        time.sleep(1)
+    run = RunDir.existing(target)
     typer.echo(f"http://{host or '127.0.0.1'}:{port}/metrics: {run.path}")
     serve(run, host or "127.0.0.1", int(port))

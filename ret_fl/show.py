@@ -57,7 +57,7 @@ def _state(run: RunDir, trained: bool) -> str:
     if not trained:
         return f"not finished: {run.resume_command()} goes on"
     if not run.summary.is_file():
-        return f"trained; its images are being drawn, or {run.resume_command()} draws them"
+        return f"trained; its results are being written, or {run.resume_command()} writes them"
     return "finished"
 
 

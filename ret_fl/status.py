@@ -77,6 +77,7 @@ class RunStatus:
     failures: list[Event]
     stopped: bool
     resume_command: str
+    min_nodes: int
 
     @property
     def seconds_left(self) -> float | None:
@@ -98,6 +99,7 @@ def read_status(run: RunDir) -> RunStatus:
         finished=finished,
         stopped=bool(seen) and not finished and time.time() - seen > STOPPED_SECONDS and not run.in_use(),
         resume_command=run.resume_command(),
+        min_nodes=config.min_nodes,
     )
 
 
@@ -118,6 +120,7 @@ def status_of_log(text: str, *, running: bool) -> RunStatus | None:
         finished=finished,
         stopped=not running and not finished,
         resume_command=resume_command(begun["out"], deployed=begun["deployed"]),
+        min_nodes=begun["min_nodes"],
     )
 
 
@@ -222,9 +225,11 @@ def _headline(status: RunStatus, now: float) -> str:
         ago = _age(now, status.seen)
         state = f"stopped {ago} ago, or written on another machine; `{status.resume_command}` goes on"
     elif status.done >= status.rounds:
-        state = "trained, images are being drawn"
+        state = "trained, results are being written"
     elif not status.seen:
         state = "not begun"
+    elif (there := sum(node.there for node in status.nodes.values())) < status.min_nodes:
+        state = f"waits for nodes: {there} of min-nodes={status.min_nodes} are there"
     else:
         left = status.seconds_left
         state = f"last sign of life {_age(now, status.seen)} ago" + (f", about {span(left)} left" if left else "")
@@ -233,7 +238,7 @@ def _headline(status: RunStatus, now: float) -> str:
         row = status.last
         loss = f"loss {row['loss']:.4f}" if math.isfinite(row["loss"]) else "no losses told"
         text += (
-            f"\n{loss}, skipped {row['skip_rate']:.1%}, moved {row['moved']}, in quarantine "
+            f"\nlast round: {loss}, skipped {row['skip_rate']:.1%}, moved {row['moved']}, in quarantine "
             f"{row['quarantined']}, {_rate(row['images_per_second'])} images/s"
         )
     return text

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
+from rich.text import Text
 
 from ret_fl.config import ConfigError
 from ret_fl.engines import flower_environment
 from ret_fl.status import render, said, span, status_of_log, table
 
 RUNNING = "running"
-SILENT_SECONDS = 60.0
-"""How long Flower's command may take to answer."""
+SILENT_SECONDS, LOG_SECONDS = 60.0, 30.0
+"""How long Flower's command may take to answer, and to send a run's log."""
 
 
 def superlink_status(connection: str) -> Group:
@@ -40,18 +41,19 @@ def superlink_status(connection: str) -> Group:
             node["node-id"], node["status"], node["online-at"] if online else "-",
             _elapsed(node["online-elapsed"]) if online else "-", style=None if online else "red",
         )  # fmt: skip
-    newest = _newest(connection, runs[0]) if runs else None
-    return Group(listed, there, *([newest] if newest else []))
+    return Group(listed, there, _newest(connection, runs[0]) if runs else Text("no runs yet"))
 
 
-def _newest(connection: str, run: Mapping[str, Any]) -> Group | None:
-    """How a run is doing by its server's log; None if there is none yet, or it is no run of ret-fl."""
+def _newest(connection: str, run: Mapping[str, Any]) -> Group | Text:
+    """How a run is doing by its server's log, or why that is not known."""
     try:
-        log = _flwr(["log", str(run["run-id"]), connection, "--show"], SILENT_SECONDS / 4).stdout
+        asked = _flwr(["log", str(run["run-id"]), connection, "--show"], LOG_SECONDS)
     except subprocess.TimeoutExpired:  # it waits for a first line
-        return None
-    status = status_of_log(log, running=run["status"] == RUNNING)
-    return render(status) if status else None
+        return Text(f"run {run['run-id']}: its server has written no log, or does not send it within {LOG_SECONDS:g} s")
+    status = status_of_log(asked.stdout, running=run["status"] == RUNNING)
+    if status:
+        return render(status)
+    return said(f"run {run['run-id']}: its log tells of no run of ret-fl (yet). {asked.stderr.strip()}")
 
 
 def _elapsed(told: float | str) -> str:

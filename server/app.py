@@ -78,9 +78,8 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
         _refuse_other_model(checkpoint, config)
     _warn_of_mixing(config)
     journal = Journal(run.events, context.run_id)
-    journal.note(
-        BEGUN, deployed=is_deployed(), rounds=config.num_server_rounds, shards=config.shards, out=str(run.path)
-    )
+    about = {"rounds": config.num_server_rounds, "shards": config.shards, "min_nodes": config.min_nodes}
+    journal.note(BEGUN, deployed=is_deployed(), out=str(run.path), **about)
     roster = Roster(config, data.train.fingerprint, journal)
     grid = Dispatcher(grid, roster, config.retries, config.patience)
     roster.greet(grid)

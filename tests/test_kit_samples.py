@@ -162,7 +162,7 @@ def test_the_preset_lies_beside_the_federation_file_and_is_checked(tmp_path: Pat
     def init() -> str:
         return ret_fl("deploy", "init", file, "--out", tmp_path / "kit").output
 
-    assert "samples.preset" in init() and "No such file" in init()
+    assert "[samples] preset" in init() and "No such file" in init()
     preset.write_text("data.limit = 24")
     assert "data.path is set but data.source=digits" in init()
     assert not (tmp_path / "kit").exists()

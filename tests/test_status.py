@@ -135,8 +135,11 @@ def test_status_tells_who_is_at_work_and_who_is_gone(tmp_path: Path) -> None:
     assert (status.nodes[12].speed, status.nodes[13].there) == (50.0, False)
     shown = ret_fl("status", run.path).output
     assert "round 4 shard 2 node 13: the node is gone" in shown
+    run.write_config(config.model_copy(update={"min_nodes": 3}))
+    assert "waits for nodes: 2 of min-nodes=3 are there" in ret_fl("status", run.path).output
     journal.note(BACK, node=13)
     assert read_status(run).nodes[13].state == "idle"
+    assert "last sign of life" in ret_fl("status", run.path).output
     journal.note(REFUSED, node=12)
     assert not read_status(run).nodes[12].there
     journal.note(JOINED, node=12, partition=1, device="cuda:0", samples=24)

@@ -47,6 +47,7 @@ data-path = "/srv/ret-fl/data"    # for containers: what is mounted there; runs 
 name = "alpha"
 gpus = [0, 1]                     # nvidia-smi's numbers, a SuperNode each; leave out for one SuperNode on the CPU
 data-path = "/srv/ret-fl/data"    # replaces the run's data.path on this host; leave out for built-in data
+                                  # (then, with [samples], sample-service = "" under its node-config)
 runtime-port = 9094               # first of the loopback ports its SuperNodes take, one each
 worker = true                     # a process a SuperNode keeps the model between orders; false loads it for each
 

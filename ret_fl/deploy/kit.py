@@ -99,7 +99,8 @@ def _served(samples: Samples) -> str:
             settings["data.path"] = samples.data_path
         RunConfig.from_flat(settings)
     except ConfigError as error:
-        raise ConfigError(f"samples.preset {samples.preset}: {error}") from None
+        with_path = f" with data-path = {samples.data_path}" if samples.data_path else ""
+        raise ConfigError(f"[samples] preset = {samples.preset}{with_path}: {error}") from None
     return to_toml(settings)
 
 
