@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ret_fl.config import ConfigError, RunConfig
-from ret_fl.events import BEGUN
 from ret_fl.files import read_lines, write_atomically
 
 LOCK_SECONDS = 0.2
@@ -103,6 +102,8 @@ class RunDir:
 
     def resume_command(self) -> str:
         """The command that goes on with the run, for the engine that it was last begun on, by events.jsonl."""
+        from ret_fl.events import BEGUN  # it loads flwr, which `--help` has no use for
+
         begun = [event for event in read_lines(self.events, skip_torn=True) if event["event"] == BEGUN]
         return resume_command(self.path, deployed=bool(begun) and begun[-1]["deployed"])
 
