@@ -83,14 +83,17 @@ def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)
-    return text if text and text.isprintable() and not set(text) & set(' "=') else json.dumps(text)
+    plain = text.isprintable() and not set(text) & set(' "=') and (text == _read(text) or not isinstance(value, str))
+    return text if text and plain else json.dumps(text)
 
 
 def _read(text: str) -> Any:
     """What `_value` made a text of."""
+    if text.startswith('"'):
+        return json.loads(text)
     if text in ("True", "False"):
         return text == "True"
-    for kind in (json.loads, int, float):
+    for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
@@ -101,8 +104,8 @@ def _read(text: str) -> Any:
 def one_line(text: str, most: int) -> str:
     """What another machine says, fit for a log and a terminal.
 
-    Of more than `most` characters the middle is left out, and what does not print, line breaks too, is escaped.
+    What does not print, line breaks too, is escaped, and of more than `most` characters the middle is left out.
     """
-    if len(text) > most:
-        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    short = text if len(text) <= 2 * most else text[:most] + text[-most:]  # of 30 MB little is shown
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in short)
+    return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"

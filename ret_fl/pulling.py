@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Array, Message, RecordDict
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.logger import log
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse
 from flwr.serverapp import Grid
@@ -104,12 +105,15 @@ def arrays_size(parts: Mapping[str, bytes]) -> int:
     """Bytes of the arrays among a message's parts (by object ID) once they are put together.
 
     It may be far more than came: an array names its chunks by number, and one chunk as often as it likes. Raises
-    whatever the parts' bytes bring about, if they are no Flower objects.
+    `UnusableReplyError` for arrays made of anything else, which Flower would put together, too, and whatever the
+    parts' bytes bring about, if they are no Flower objects.
     """
     size = 0
     for content in parts.values():
         if get_object_type_from_object_content(content) == Array.__qualname__:
             chunks = get_object_children_ids_from_object_content(content)
+            if other := {get_object_type_from_object_content(parts[key]) for key in chunks} - {ArrayChunk.__qualname__}:
+                raise UnusableReplyError(f"one of its arrays is made of {', '.join(sorted(other))}")
             named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
             size += sum(len(parts[chunks[number]]) for number in named)
     return size

@@ -190,19 +190,22 @@ class Roster:
         """Which node trains each shard: the largest first, each where it would be done soonest.
 
         images: to be trained on in each shard. A shard stays with the node it was on unless another is much faster
-        to finish, or has no shard, as one that was away, where that node has others, too; at first shard k belongs to
-        the k-th node. Nodes of unknown speed count as fast as the others. A node that was far behind gets nothing for
+        to finish, or had none, as one that was away, where that node has others, too; at first shard k belongs to the
+        k-th node. Nodes of unknown speed count as fast as the others. A node that was far behind gets nothing for
         a while: see `fell_behind`.
         """
         nodes = self._rested(nodes)
         finish = dict.fromkeys(nodes, 0.0)
+        homes = {self.home.get(shard) for shard in range(len(images))}
+        spare = set() if None in homes else {n for n in nodes if self.nodes[n].partition not in homes}
         assigned: dict[int, int] = {}
         for shard in sorted(range(len(images)), key=lambda k: (-images[k], k)):
             at_home = [n for n in nodes if self.home.get(shard) in (None, self.nodes[n].partition)]
             done = {n: finish[n] + images[shard] / self.speed_of(n) for n in nodes}
             node = min(nodes, key=lambda n: (done[n], nodes.index(n)))
             home = at_home[shard % len(at_home)] if at_home else node
-            slack = STAY_SECONDS if finish[node] or not finish[home] else 0.0  # a second shard waits for no idle node
+            alone = node in spare and not finish[node]
+            slack = 0.0 if alone and finish[home] else STAY_SECONDS
             if done[home] <= max(STAY * done[node], done[node] + slack):
                 node = home
             finish[node] = done[node]

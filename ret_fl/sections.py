@@ -155,7 +155,7 @@ class PartitionConfig(Section):
     sizes: str = Field(
         "",
         description="Relative shard sizes for 'iid' and 'shuffled', as in '0.7,0.2,0.07,0.03'; empty: equal; 'speed': "
-        "as fast as the nodes train, measured at the start.",
+        "as fast as the nodes train, measured at the start; ten times the median counts at most.",
     )
     path: str = Field("", description="For 'file': a .npy or .json list with one shard number a sample.")
     options: str = Field("", description="Settings of a plug-in in partition.scheme, as in 'near = true, top = 3'.")

@@ -17,6 +17,9 @@ from ret_fl.events import ANSWERED, BACK, BEGUN, FAILED, GONE, JOINED, REFUSED, 
 from ret_fl.files import read_lines
 from ret_fl.rundir import RunDir, resume_command
 
+ENDED, COMPLETED = "finished", "finished:completed"
+"""How Flower begins to say that a run is over, and says that it ended well."""
+
 STOPPED_SECONDS = 30.0
 """How long nothing may happen in a run that no process of this machine is writing, before it is taken for stopped."""
 
@@ -80,6 +83,11 @@ class RunStatus:
     min_nodes: int
 
     @property
+    def idle(self) -> bool:
+        """Whether no node has an order."""
+        return not any(node.orders for node in self.nodes.values())
+
+    @property
     def seconds_left(self) -> float | None:
         if self.stopped or self.seconds_a_round is None:
             return None
@@ -93,6 +101,7 @@ def read_status(run: RunDir) -> RunStatus:
     return _status(
         events,
         name=str(run.path),
+        done=rows[-1]["round"] if rows else 0,
         rounds=config.num_server_rounds,
         shards=config.shards,
         last=rows[-1] if rows else None,
@@ -103,22 +112,22 @@ def read_status(run: RunDir) -> RunStatus:
     )
 
 
-def status_of_log(text: str, *, running: bool) -> RunStatus | None:
-    """The same from the log of a deployed run's server; None if that tells of none. running: whether Flower says so."""
+def status_of_log(text: str, state: str) -> RunStatus | None:
+    """The same from the log of a deployed run's server; None if that tells of none. state: what Flower says of it."""
     events = from_log(text)
     begun = next((event for event in reversed(events) if event["event"] == BEGUN), None)
     if begun is None:
         return None
     last = next((event for event in reversed(events) if event["event"] == ROUND), None)
-    finished = not running and last is not None and last["round"] >= begun["rounds"]
     return _status(
         events,
         name=begun["out"],
+        done=last["round"] if last else begun["done"],
         rounds=begun["rounds"],
         shards=begun["shards"],
         last=last,
-        finished=finished,
-        stopped=not running and not finished,
+        finished=state == COMPLETED,
+        stopped=state.startswith(ENDED) and state != COMPLETED,
         resume_command=resume_command(begun["out"], deployed=begun["deployed"]),
         min_nodes=begun["min_nodes"],
     )
@@ -137,7 +146,6 @@ def _status(events: Sequence[Event], *, shards: int, last: Event | None, **told:
             _tell_shard(by_shard[event["shard"]], event)
     seconds = [e["seconds"] for e in events if e["event"] == ROUND][-5:]
     return RunStatus(
-        done=last["round"] if last else 0,
         last=last,
         shards=by_shard,
         nodes=nodes,
@@ -228,7 +236,7 @@ def _headline(status: RunStatus, now: float) -> str:
         state = "trained, results are being written"
     elif not status.seen:
         state = "not begun"
-    elif (there := sum(node.there for node in status.nodes.values())) < status.min_nodes:
+    elif (there := sum(node.there for node in status.nodes.values())) < status.min_nodes and status.idle:
         state = f"waits for nodes: {there} of min-nodes={status.min_nodes} are there"
     else:
         left = status.seconds_left
@@ -250,7 +258,7 @@ def said(value: object) -> Text:
 
 
 def _text(value: object, form: str = "") -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None or value != value else format(value, form)  # NaN: it was not told
 
 
 def _rate(value: float | None) -> str:

@@ -16,7 +16,6 @@ from ret_fl.config import ConfigError
 from ret_fl.engines import flower_environment
 from ret_fl.status import render, said, span, status_of_log, table
 
-RUNNING = "running"
 SILENT_SECONDS, LOG_SECONDS = 60.0, 30.0
 """How long Flower's command may take to answer, and to send a run's log."""
 
@@ -50,7 +49,7 @@ def _newest(connection: str, run: Mapping[str, Any]) -> Group | Text:
         asked = _flwr(["log", str(run["run-id"]), connection, "--show"], LOG_SECONDS)
     except subprocess.TimeoutExpired:  # it waits for a first line
         return Text(f"run {run['run-id']}: its server has written no log, or does not send it within {LOG_SECONDS:g} s")
-    status = status_of_log(asked.stdout, running=run["status"] == RUNNING)
+    status = status_of_log(asked.stdout, run["status"])
     if status:
         return render(status)
     return said(f"run {run['run-id']}: its log tells of no run of ret-fl (yet). {asked.stderr.strip()}")

@@ -79,6 +79,7 @@ def _conduct(grid: Grid, context: Context, run: RunDir) -> None:
     _warn_of_mixing(config)
     journal = Journal(run.events, context.run_id)
     about = {"rounds": config.num_server_rounds, "shards": config.shards, "min_nodes": config.min_nodes}
+    about["done"] = checkpoint.round if checkpoint else 0
     journal.note(BEGUN, deployed=is_deployed(), out=str(run.path), **about)
     roster = Roster(config, data.train.fingerprint, journal)
     grid = Dispatcher(grid, roster, config.retries, config.patience)

@@ -19,6 +19,8 @@ from disks import no_file_beyond
 from federations import spoiling
 from flwr.app import Context, Error, Message, MessageType
 from flwr.common.constant import ErrorCode
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from clients.app import app as client_app
@@ -37,6 +39,7 @@ from ret_fl.events import (
     SENT,
     TRAINED,
     Journal,
+    as_text,
     from_log,
 )
 from ret_fl.files import as_line, read_lines
@@ -135,15 +138,17 @@ def test_status_tells_who_is_at_work_and_who_is_gone(tmp_path: Path) -> None:
     assert (status.nodes[12].speed, status.nodes[13].there) == (50.0, False)
     shown = ret_fl("status", run.path).output
     assert "round 4 shard 2 node 13: the node is gone" in shown
-    run.write_config(config.model_copy(update={"min_nodes": 3}))
-    assert "waits for nodes: 2 of min-nodes=3 are there" in ret_fl("status", run.path).output
     journal.note(BACK, node=13)
     assert read_status(run).nodes[13].state == "idle"
-    assert "last sign of life" in ret_fl("status", run.path).output
     journal.note(REFUSED, node=12)
     assert not read_status(run).nodes[12].there
+    for node, shard in ((11, 0), (12, 2)):
+        journal.note(TRAINED, round=4, shard=shard, node=node, images=9, samples=8, seconds=2.0, loss=0.5, skip_rate=0)
+    run.write_config(config.model_copy(update={"min_nodes": 3}))
+    assert "waits for nodes: 2 of min-nodes=3 are there" in ret_fl("status", run.path).output
     journal.note(JOINED, node=12, partition=1, device="cuda:0", samples=24)
     assert read_status(run).nodes[12].there, "its data was mended"
+    assert "last sign of life" in ret_fl("status", run.path).output
 
 
 def test_a_run_that_no_process_writes_any_more_is_told_as_stopped(tmp_path: Path) -> None:
@@ -305,7 +310,7 @@ def test_the_log_of_a_server_tells_what_its_events_do(tmp_path: Path, flower_log
         assert set(shown) == set(kept)
         assert shown.pop("time") == pytest.approx(kept.pop("time"), abs=2)
         assert shown == {k: pytest.approx(v, rel=1e-5) if isinstance(v, float) else v for k, v in kept.items()}
-    status, by_folder = status_of_log("\n".join(lines), running=False), read_status(run)
+    status, by_folder = status_of_log("\n".join(lines), "finished:completed"), read_status(run)
     assert status
     assert (status.name, status.done, status.finished) == (str(run.path), 3, True)
     assert {k: (s.state, s.node, s.samples) for k, s in status.shards.items()} == {
@@ -314,8 +319,26 @@ def test_the_log_of_a_server_tells_what_its_events_do(tmp_path: Path, flower_log
     assert {k: (n.partition, n.state) for k, n in status.nodes.items()} == {
         k: (n.partition, n.state) for k, n in by_folder.nodes.items()
     }
+    failed = status_of_log("\n".join(lines), "finished:failed")
+    assert failed
+    assert (failed.done, failed.finished, failed.stopped) == (3, False, True)
     cut = next(i for i, line in enumerate(lines) if "round finished" in line) + 1
-    broken_off = status_of_log("\n".join(lines[:cut]), running=False)
-    assert broken_off
-    assert (broken_off.done, broken_off.finished, broken_off.stopped) == (1, False, True)
-    assert status_of_log("INFO :      another app's log", running=True) is None
+    going_on = status_of_log("\n".join(lines[:cut]), "running")
+    assert going_on
+    assert (going_on.done, going_on.finished, going_on.stopped) == (1, False, False)
+    assert status_of_log("INFO :      another app's log", "running") is None
+
+
+def test_the_log_of_a_resumed_run_tells_where_it_went_on(tmp_path: Path, flower_log: pytest.LogCaptureFixture) -> None:
+    run = run_server(exchanging(), tmp_path / "run")
+    flower_log.clear()
+    run_server(RunConfig.from_flat({"resume": str(run.path)}), run.path)
+    status = status_of_log("\n".join(f"INFO : {message}" for message in flower_log.messages), "finished:completed")
+    assert status
+    assert (status.done, status.rounds, status.finished) == (3, 3, True)
+
+
+@given(st.one_of(st.text(), st.integers().map(str), st.sampled_from(["nan", "1e5", "True", "007", "[" * 2000, "1_0"])))
+def test_a_text_in_a_log_line_is_read_as_that_text(text: str) -> None:
+    (event,) = from_log(f"INFO :      {as_text(FAILED, {'node': 7, 'why': text})}")
+    assert event == {"time": event["time"], "event": FAILED, "node": 7, "why": text}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import flwr.app.message.array
 import numpy as np
 import pytest
 from conftest import TINY
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id
 from sqlalchemy.exc import OperationalError
 from superlinks import SuperLink, served
 
@@ -22,6 +24,7 @@ import ret_fl.roster
 from ret_fl.config import RunConfig
 from ret_fl.dispatch import Dispatcher, Errand, Phase
 from ret_fl.protocol import Hello
+from ret_fl.pulling import UnusableReplyError, arrays_size
 from ret_fl.roster import Roster
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -103,6 +106,18 @@ def test_a_reply_that_names_one_chunk_again_and_again_is_not_put_together(
     errands = phase(dispatcher, bad, good)
     assert answers(errands) == {0: good, 1: good}
     assert "put together, have more than 20," in errands[0].failures[0]
+
+
+def test_arrays_within_arrays_are_not_put_together() -> None:
+    """Flower would put them together, too, each as often as it is named."""
+    inner = Array(np.zeros(1000, np.uint8))
+    parts = {key: part.deflate() for key, part in get_all_nested_objects(inner).items()}
+    assert arrays_size(parts) >= 1000
+    about = {"dtype": "uint8", "shape": [40_000], "stype": "numpy.ndarray", "arraychunk_ids": [0] * 40}
+    body = json.dumps(about).encode()
+    outer = b"Array %s %d\x00" % (inner.object_id.encode(), len(body)) + body
+    with pytest.raises(UnusableReplyError, match="is made of Array"):
+        arrays_size(parts | {get_object_id(outer): outer})
 
 
 def test_a_hello_that_is_no_message_is_told_by_its_nodes_name(

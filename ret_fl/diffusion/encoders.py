@@ -29,21 +29,23 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
         raise ConfigError(f"model.init-from: {file} cannot be read: {error}") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, setting: str = "") -> list[Path]:
     """The safetensors files of one network that are loaded where no variant is asked for, sorted.
 
-    Raises `ConfigError` where there are none, or an index names files of another kind, which would be opened too.
+    Raises `ConfigError` where there are none, or an index names files of another kind, which would be opened too. It
+    begins with `setting`, where one names the folder.
     """
+    about = f"{setting}: " if setting else ""
     found = sorted(file for file in folder.glob("*.safetensors") if file.name.count(".") == 1)
     if not found:
-        raise ConfigError(f"{folder} has no *.safetensors: {SAVE_ANEW}")
+        raise ConfigError(f"{about}{folder} has no *.safetensors: {SAVE_ANEW}")
     for index in folder.glob("*.safetensors.index.json"):
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{index} cannot be read: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"{about}{index} cannot be read: {type(error).__name__}: {error}") from None
         if other := sorted(str(name) for name in named if not str(name).endswith(".safetensors")):
-            raise ConfigError(f"{index} names {other[0]}, no *.safetensors: {SAVE_ANEW}")
+            raise ConfigError(f"{about}{index} names {other[0]}, no *.safetensors: {SAVE_ANEW}")
     return found
 
 

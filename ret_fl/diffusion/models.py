@@ -118,7 +118,7 @@ def _pretrained(folder: Path, folded: tuple[int, int], num_classes: int) -> UNet
     kind = json.loads((where / "config.json").read_text()).get("_class_name")
     if kind != "UNet2DModel":
         raise ConfigError(f"model.init-from: {folder} holds a {kind}, and ret-fl trains a UNet2DModel")
-    weight_files(where)
+    weight_files(where, "model.init-from")
     unet = UNet2DModel.from_pretrained(where, use_safetensors=True, low_cpu_mem_usage=False)
     found = (unet.config.in_channels, unet.config.sample_size, unet.config.num_class_embeds or 0)
     if found != (*folded, num_classes):

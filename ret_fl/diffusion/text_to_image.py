@@ -96,7 +96,7 @@ class TextToImageModel:
         self.config, self.folder = config, Path(config.model.init_from)
         self.scheduler = self._scheduler()
         encoders = Encoders(self.folder, torch.device("cpu"))
-        weight_files(self.folder / "unet")
+        weight_files(self.folder / "unet", "model.init-from")
         self.unet = UNet2DConditionModel.from_pretrained(
             self.folder / "unet", use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
