@@ -40,7 +40,7 @@ study-small: setup ## the essential evidence on digits: central, IET, IET+AGC, t
 	$(BIN)/python -m simulations.study simulations/studies/small.toml --results runs/study-small/small.jsonl
 
 study: setup ## all studies of docs/results; hours, resumable, only what is missing
-	for study in main own search fine-tuning redistribution redistribution-gated quarantine duplicates plain faces gate hidden ablation aggregation; do \
+	for study in main fresh own search fine-tuning redistribution redistribution-gated quarantine duplicates plain faces gate hidden ablation aggregation; do \
 	  $(BIN)/python -m simulations.study simulations/studies/$$study.toml || exit 1; done
 
 bench: setup ## speed, as ratios measured in one run
