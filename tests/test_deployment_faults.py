@@ -28,11 +28,11 @@ from ret_fl.superlink_status import superlink_status
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
-Victim = Callable[[LocalFederation, float, int], psutil.Process]
-"""Of the processes begun after a moment, or all; a node that trains."""
+Victim = Callable[[LocalFederation, int], psutil.Process]
+"""Of the processes of a federation, in which a node trains."""
 
 
-def a_supernode(running: LocalFederation, since: float, node: int) -> psutil.Process:
+def a_supernode(running: LocalFederation, node: int) -> psutil.Process:
     name = next(n for n in running.processes if n.startswith("SuperNode"))
     return psutil.Process(running.processes.pop(name).pid)
 
@@ -43,14 +43,14 @@ def workers_with(running: LocalFederation, **identity: int) -> set[psutil.Proces
     return {worker for worker, about in told.items() if identity.items() <= about.items()}
 
 
-def a_client(running: LocalFederation, since: float, node: int) -> psutil.Process:
-    """The client process, begun after `since`, whose worker trains; without workers, that which has worked longest."""
+def a_client(running: LocalFederation, node: int) -> psutil.Process:
+    """The living client process whose worker trains; without workers, that which has worked longest."""
     found = [
         child
         for name, process in running.processes.items()
         if name.startswith("SuperNode")
         for child in psutil.Process(process.pid).children(recursive=True)
-        if "clientapp" in child.name() and child.create_time() > since
+        if "clientapp" in child.name() and child.status() != psutil.STATUS_ZOMBIE
     ]
     owners = {parent for child in found if workers_with(running, owner=(parent := child.ppid()), node=node)}
     found = [child for child in found if not owners or child.ppid() in owners]
@@ -58,7 +58,7 @@ def a_client(running: LocalFederation, since: float, node: int) -> psutil.Proces
     return max(found, key=lambda process: process.cpu_times().user)
 
 
-def a_worker(running: LocalFederation, since: float, node: int) -> psutil.Process:
+def a_worker(running: LocalFederation, node: int) -> psutil.Process:
     """The worker of the node that has begun to train."""
     assert len(workers(Path(running.federation.folder))) == 2
     (found,) = workers_with(running, node=node)
@@ -71,19 +71,18 @@ def kill_after_round(
     """Kill once the next round trains; `killed` gets the victim and, of a client process, the worker that goes too."""
     while len(run.rows()) < round:
         time.sleep(0.1)
-    since = time.time()
     # a client says so when it begins to train; one killed while it starts is started again by Flower
     training = re.compile(rf"order begun: .*\bround={round + 1}\b.*\bnode=(\d+)")
     while not (begun := training.search((run.path / "flower.log").read_text(errors="replace"))):
         time.sleep(0.1)
-    found = victim(running, since, int(begun[1]))
+    found = victim(running, int(begun[1]))
     with_it = workers_with(running, owner=found.ppid()) if victim is a_client else set()
     for process in [*found.children(recursive=True), found]:
         process.send_signal(signal.SIGKILL)
     killed += [found, *with_it]
 
 
-def the_server_app(running: LocalFederation, since: float, node: int) -> psutil.Process:
+def the_server_app(running: LocalFederation, node: int) -> psutil.Process:
     """Flower's process for it; others that it started have the same command line and little work."""
     family = psutil.Process(running.processes[SUPERLINK].pid).children(recursive=True)
     found = [process for process in family if "serverapp" in process.name()]
@@ -91,7 +90,7 @@ def the_server_app(running: LocalFederation, since: float, node: int) -> psutil.
     return max(found, key=lambda process: process.cpu_times().user)
 
 
-def the_superlink(running: LocalFederation, since: float, node: int) -> psutil.Process:
+def the_superlink(running: LocalFederation, node: int) -> psutil.Process:
     return psutil.Process(running.processes[SUPERLINK].pid)
 
 
