@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from logging import INFO, WARNING, getLevelName
 from pathlib import Path
@@ -67,6 +68,12 @@ def as_text(event: str, fields: Event) -> str:
         "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     }
     return f"{event}: " + " ".join(f"{key}={_value(value)}" for key, value in told.items())
+
+
+def was_deployed(events: Sequence[Event]) -> bool:
+    """Whether a run was last begun on a deployed federation."""
+    begun = [event for event in events if event["event"] == BEGUN]
+    return bool(begun) and bool(begun[-1]["deployed"])
 
 
 def from_log(text: str) -> list[Event]:

@@ -102,10 +102,9 @@ class RunDir:
 
     def resume_command(self) -> str:
         """The command that goes on with the run, for the engine that it was last begun on, by events.jsonl."""
-        from ret_fl.events import BEGUN  # it loads flwr, which `--help` has no use for
+        from ret_fl.events import was_deployed  # it loads flwr, which `--help` has no use for
 
-        begun = [event for event in read_lines(self.events, skip_torn=True) if event["event"] == BEGUN]
-        return resume_command(self.path, deployed=bool(begun) and begun[-1]["deployed"])
+        return resume_command(self.path, deployed=was_deployed(read_lines(self.events, skip_torn=True)))
 
     def read_config(self) -> RunConfig:
         """The run's settings; paths into the folder follow it where it was moved to. Raises `ConfigError`."""

@@ -13,7 +13,21 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ret_fl.events import ANSWERED, BACK, BEGUN, FAILED, GONE, JOINED, REFUSED, ROUND, SENT, TRAINED, Event, from_log
+from ret_fl.events import (
+    ANSWERED,
+    BACK,
+    BEGUN,
+    FAILED,
+    GONE,
+    JOINED,
+    REFUSED,
+    ROUND,
+    SENT,
+    TRAINED,
+    Event,
+    from_log,
+    was_deployed,
+)
 from ret_fl.files import read_lines
 from ret_fl.rundir import RunDir, resume_command
 
@@ -107,7 +121,7 @@ def read_status(run: RunDir) -> RunStatus:
         last=rows[-1] if rows else None,
         finished=finished,
         stopped=bool(seen) and not finished and time.time() - seen > STOPPED_SECONDS and not run.in_use(),
-        resume_command=run.resume_command(),
+        resume_command=resume_command(run.path, deployed=was_deployed(events)),
         min_nodes=config.min_nodes,
     )
 
